@@ -1,0 +1,55 @@
+# make demo    train a small GPT on real text and see what it learned
+# make test    lint, types, import contracts and all tests
+#
+# Both install what they need into .venv once. An active virtual environment that has torch is
+# used as it is, and its torch is never replaced.
+
+ifneq ($(VIRTUAL_ENV),)
+  ifeq ($(shell "$(VIRTUAL_ENV)/bin/python" -c "import torch" 2>/dev/null && echo yes),yes)
+    VENV := $(VIRTUAL_ENV)
+  endif
+endif
+VENV ?= .venv
+PYTHON := $(VENV)/bin/python
+BASE_PYTHON ?= python3
+# One stamp per environment and set of extras; it is older than pyproject.toml when that changes.
+STAMP := $(VENV)/.glassgpt
+
+.PHONY: demo test lint fix clean
+
+demo: $(STAMP)-demo
+	$(PYTHON) -m glassgpt demo
+
+test: lint
+	$(PYTHON) -m pytest -n 2 --dist worksteal
+
+lint: $(STAMP)-dev
+	$(PYTHON) -m ruff check src tests benchmarks
+	$(PYTHON) -m ruff format --check src tests benchmarks
+	$(PYTHON) -m pyright --pythonpath $(PYTHON)
+	$(VENV)/bin/lint-imports
+
+fix: $(STAMP)-dev
+	$(PYTHON) -m ruff check --fix src tests benchmarks
+	$(PYTHON) -m ruff format src tests benchmarks
+
+$(PYTHON):
+	$(BASE_PYTHON) -m venv $(VENV)
+
+$(STAMP)-demo: pyproject.toml constraints.txt | $(PYTHON)
+	$(call install,-e .)
+
+$(STAMP)-dev: pyproject.toml constraints.txt | $(PYTHON)
+	$(call install,-e ".[dev]")
+	@touch $(STAMP)-demo
+
+# The torch that is there already takes the place of the pinned one.
+define install
+	@here=$$($(PYTHON) -c "import importlib.metadata as m; print(m.version('torch').split('+')[0])" 2>/dev/null); \
+	sed "s/^torch==.*/torch==$${here:-$$(sed -n 's/^torch==//p' constraints.txt)}/" constraints.txt > $@.constraints
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check -c $@.constraints $(1)
+	@touch $@
+endef
+
+clean:
+	rm -rf .venv

@@ -1,0 +1,33 @@
+"""GPTs you can see through: train, sample and understand GPT models on the machine you have.
+
+>>> import glassgpt
+>>> model = glassgpt.load("runs/book")                    # doctest: +SKIP
+>>> print(model.generate("Once upon a time").text)        # doctest: +SKIP
+
+Importing the package imports no torch; it comes when a model is first used.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from glassgpt.version import __version__ as __version__
+
+if TYPE_CHECKING:
+    from glassgpt.api import LoadedModel as LoadedModel
+    from glassgpt.train import TrainResult
+
+
+
+def load(path: str) -> LoadedModel:
+    """A trained model from its run directory. See `glassgpt.api.LoadedModel`."""
+    from glassgpt.api import LoadedModel
+
+    return LoadedModel.from_folder(path)
+
+
+def train(data: str | list[str] | None = None, **options: Any) -> TrainResult:
+    """Train a GPT; the options of `glassgpt train` by name. See `glassgpt.train.train`."""
+    from glassgpt.train import train as run
+
+    return run(data, **options)

@@ -1,0 +1,111 @@
+"""A trained model in Python: `m = glassgpt.load("runs/book"); print(m.generate("Once").text)`
+
+The command line is a thin layer over this. torch is imported when the model is first needed.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from glassgpt.checkpoint import Checkpoint, load_model
+from glassgpt.config import ModelConfig, Sampling
+from glassgpt.errors import UserError, nearest
+from glassgpt.generate import Piece, complete, stream
+from glassgpt.tokenizer import UNKNOWN, Tokenizer
+
+if TYPE_CHECKING:
+    from glassgpt.model import GPT
+
+
+class LoadedModel:
+    """Weights, tokenizer and config of a run directory."""
+
+    def __init__(self, checkpoint: Checkpoint, device: str = "auto") -> None:
+        self.checkpoint, self.device = checkpoint, device
+        self.config: ModelConfig = checkpoint.config
+        self.tokenizer: Tokenizer = checkpoint.tokenizer
+
+    @classmethod
+    def from_folder(cls, path: str | Path, device: str = "auto") -> LoadedModel:
+        return cls(load_model(path), device)
+
+    @cached_property
+    def model(self) -> GPT:
+        """The torch module, in evaluation mode: `m.model(tokens)` gives logits (B, T, V)."""
+        from glassgpt.model import GPT, load_weights
+        from glassgpt.runtime import choose_device
+
+        model = GPT(self.config).eval()
+        load_weights(model, self.checkpoint.weights)
+        return model.to(choose_device(self.device))
+
+    @cached_property
+    def engine(self):
+        from glassgpt.engine.reference import ReferenceEngine
+
+        return ReferenceEngine(self.model)
+
+    def encode_prompt(self, prompt: str | Sequence[int]) -> list[int]:
+        """Text or ids -> ids; raises `UserError` for ids outside the vocabulary."""
+        if isinstance(prompt, str):
+            return self.tokenizer.encode(prompt, special=True)
+        for token in prompt:
+            if not 0 <= token < self.config.vocab_size:
+                raise UserError(f"token {token} is outside the vocabulary of "
+                                f"{self.config.vocab_size}")  # fmt: skip
+        return list(prompt)
+
+    def unknown_note(self, prompt: str) -> str | None:
+        """What to tell people about characters the model has never seen; None without any."""
+        unknown = self.tokenizer.unknown(prompt)
+        if not unknown:
+            return None
+        shown = " ".join(repr(char) for char in unknown[:10])
+        return f"not in the training text, read as {UNKNOWN}: {shown}"
+
+    def generate(
+        self, prompt: str | Sequence[int] = "", *, stream: bool = False, **options: Any
+    ) -> Piece | list[Piece] | Iterator[Piece]:
+        """Continue `prompt`; options are the fields of `glassgpt.generate.Sampling`.
+
+        Returns a `Piece` (`.text`, `.finish_reason`), a list of them for num_samples > 1, or
+        with `stream=True` an iterator of pieces as they come.
+        """
+        names = Sampling.__dataclass_fields__
+        for name in options:
+            if name not in names:
+                raise UserError(f"unknown option {name!r}.{nearest(name, names)}")
+        how = Sampling(**options)
+        ids = self.encode_prompt(prompt)
+        if stream:
+            return _stream(self.engine, self.tokenizer, ids, how)
+        pieces = complete(self.engine, self.tokenizer, ids, how)
+        return pieces if how.num_samples > 1 else pieces[0]
+
+
+_stream = stream  # `generate` has an argument of the same name
+
+
+def print_samples(model: LoadedModel, prompt: str, how: Sampling, *, show_prompt: bool) -> None:
+    """What `glassgpt sample` shows: text on stdout as it comes, notes on stderr."""
+    note = model.unknown_note(prompt)
+    if note:
+        print(f"note: {note}", file=sys.stderr)
+    ids = model.encode_prompt(prompt)
+    opening = prompt if show_prompt else ""
+    if how.num_samples == 1:
+        print(opening, end="", flush=True)
+        reason = None
+        for piece in stream(model.engine, model.tokenizer, ids, how):
+            print(piece.text, end="", flush=True)
+            reason = piece.finish_reason or reason
+        print(flush=True)
+        print(f"[{reason}]", file=sys.stderr)
+        return
+    for piece in complete(model.engine, model.tokenizer, ids, how):
+        print(f"--- sample {piece.sample + 1} [{piece.finish_reason}]")
+        print(opening + piece.text, flush=True)

@@ -1,0 +1,218 @@
+"""The run directory: a Hugging Face checkpoint at the top, enough to resume below it.
+
+    save_model("runs/book", model); checkpoint = load_model("runs/book")
+
+Every file is written under a temporary name, flushed and renamed, and every tensor file carries
+a checksum of its content: at any moment there is a valid checkpoint, and a damaged one is
+noticed. Weights travel as NumPy arrays under the names of model.py; this room imports no torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from glassgpt.config import ModelConfig
+from glassgpt.convert.huggingface import config_from_json, from_huggingface, to_huggingface
+from glassgpt.errors import UserError, explain_os_errors
+from glassgpt.tokenizer import Tokenizer, load_tokenizer, to_files
+from glassgpt.version import __version__
+
+SCHEMA_VERSION = 1
+LAST = Path("checkpoints") / "last"
+
+
+@dataclass
+class Checkpoint:
+    """A model as it lies on disk: config, weights, tokenizer, and where it came from."""
+
+    config: ModelConfig
+    weights: dict[str, np.ndarray]
+    tokenizer: Tokenizer
+    info: dict[str, Any] = field(default_factory=dict)  # glassgpt.json: step, losses, options
+
+
+# -- files that are either whole or absent -------------------------------------------------------
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write `content` so that `path` holds either all of it or what it held before."""
+    with explain_os_errors(f"write {path}"):
+        temporary = path.with_name(f".{path.name}.partial")
+        try:
+            with open(temporary, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_file(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    """Raises `UserError` when the file is missing, unreadable or no JSON."""
+    with explain_os_errors(f"read {path}"):
+        raw = path.read_bytes()
+    try:
+        return json.loads(raw)
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: {error}; restore it or train again") from error
+
+
+def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """A safetensors file whose metadata hold the SHA-256 of its tensors."""
+    metadata = {"format": "pt", "sha256": _digest(tensors)}
+    write_file(path, safetensors.numpy.save(dict(tensors), metadata=metadata))
+
+
+def read_tensors(path: Path) -> dict[str, np.ndarray]:
+    """Raises `UserError` when the file is missing, cut short, or not what was written."""
+    with explain_os_errors(f"read {path}"):
+        path.stat()
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (safetensors.SafetensorError, ValueError, OSError) as error:
+        raise UserError(f"{path} is truncated or damaged: {error}") from error
+    if "sha256" in metadata and metadata["sha256"] != _digest(tensors):
+        raise UserError(f"{path} is damaged: its content does not match its checksum")
+    return tensors
+
+
+def _digest(tensors: Mapping[str, np.ndarray]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(f"{name} {tensors[name].dtype} {tensors[name].shape}\n".encode())
+        digest.update(np.ascontiguousarray(tensors[name]).data)
+    return digest.hexdigest()
+
+
+# -- models --------------------------------------------------------------------------------------
+
+
+def save_model(folder: str | Path, checkpoint: Checkpoint) -> None:
+    """Write config, weights, tokenizer and glassgpt.json; `transformers` loads the folder."""
+    folder = Path(folder)
+    with explain_os_errors(f"write {folder}"):
+        folder.mkdir(parents=True, exist_ok=True)
+    config, end = checkpoint.config, checkpoint.tokenizer.end_of_text
+    config_json, tensors = to_huggingface(config, checkpoint.weights, end_of_text=end)
+    for name, content in to_files(checkpoint.tokenizer, config.context_length).items():
+        write_file(folder / name, content)
+    write_json(folder / "config.json", config_json)
+    generation = {"bos_token_id": end, "eos_token_id": end, "do_sample": True}
+    write_json(folder / "generation_config.json", generation)
+    write_tensors(folder / "model.safetensors", tensors)
+    about = {
+        "schema_version": SCHEMA_VERSION,
+        "glassgpt_version": __version__,
+        "model": dataclasses.asdict(config),
+        **checkpoint.info,
+    }
+    write_json(folder / "glassgpt.json", about)
+
+
+def load_model(path: str | Path) -> Checkpoint:
+    """A run directory, its `checkpoints/last`, or any saved GPT-2, Llama or Qwen3 folder.
+
+    Raises `UserError` when it is none, or damaged.
+    """
+    folder = find_model(path)
+    config_json = read_json(folder / "config.json")
+    info = read_json(folder / "glassgpt.json") if (folder / "glassgpt.json").exists() else {}
+    if info.get("schema_version", SCHEMA_VERSION) > SCHEMA_VERSION:
+        raise UserError(f"{folder} was written by a newer GlassGPT; update this one")
+    config = config_from_json(config_json, str(folder / "config.json"))
+    if "model" in info:  # says what config.json can't: dropout, and biases that are absent
+        try:
+            config = ModelConfig(**info["model"])
+        except TypeError as error:
+            raise UserError(f"{folder / 'glassgpt.json'} is damaged: {error}") from error
+    tensors = read_tensors(folder / "model.safetensors")
+    weights = from_huggingface(config, tensors, str(folder / "model.safetensors"))
+    tokenizer = load_tokenizer(folder)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise UserError(
+            f"{folder}: its tokenizer has {tokenizer.vocab_size} tokens, "
+            f"the model only {config.vocab_size}; they do not belong together"
+        )
+    return Checkpoint(config, weights, tokenizer, info)
+
+
+def find_model(path: str | Path) -> Path:
+    """The folder that holds the weights: `path` itself, or its newest checkpoint."""
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"{path} does not exist; name a run directory (see: ls runs)")
+    if not path.is_dir():
+        raise UserError(f"{path} is a file; name the run directory that holds a model")
+    if (path / "model.safetensors").exists() and (path / "config.json").exists():
+        return path
+    if (path / LAST / "model.safetensors").exists():
+        return path / LAST
+    raise UserError(f"{path} holds no model (no config.json with model.safetensors)")
+
+
+# -- what resuming needs -------------------------------------------------------------------------
+
+
+def save_training(
+    run: Path, checkpoint: Checkpoint, optimizer: Mapping[str, np.ndarray], state: dict[str, Any]
+) -> None:
+    """Replace `checkpoints/last` by this moment of the training.
+
+    The new folder is complete before the old one moves aside, so `find_training` always finds
+    a whole one, whenever the process dies.
+    """
+    folder, new, old = _training_folders(run)
+    with explain_os_errors(f"write {new}"):
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir(parents=True)
+        save_model(new, checkpoint)
+        write_tensors(new / "optimizer.safetensors", optimizer)
+        write_json(new / "state.json", state)  # written last: its presence means complete
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            os.replace(folder, old)
+        os.replace(new, folder)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def find_training(run: str | Path) -> Path:
+    """The newest complete training checkpoint of a run; raises `UserError` without one."""
+    run = Path(run)
+    if not run.is_dir():
+        raise UserError(f"{run} does not exist; --resume takes the run directory")
+    for folder in _training_folders(run):
+        if (folder / "state.json").exists():
+            return folder
+    raise UserError(f"{run} has no checkpoint to resume from; start again with another --out")
+
+
+def load_training(run: str | Path) -> tuple[Checkpoint, dict[str, np.ndarray], dict[str, Any]]:
+    """(model, optimizer tensors, state) of the newest training checkpoint."""
+    folder = find_training(run)
+    tensors = read_tensors(folder / "optimizer.safetensors")
+    return load_model(folder), tensors, read_json(folder / "state.json")
+
+
+def _training_folders(run: Path) -> tuple[Path, Path, Path]:
+    """The current one, the one being written, the one being replaced; in order of trust."""
+    return run / LAST, run / "checkpoints" / ".next", run / "checkpoints" / ".previous"

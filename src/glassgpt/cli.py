@@ -1,0 +1,58 @@
+"""The command line: `glassgpt VERB [THING] [--options]`. Arguments in, one call, output; no logic.
+
+Nothing heavy is imported at the top: `glassgpt --help` must answer at once. The verbs' own
+signatures and help stand in verbs.py.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from cyclopts import App, CycloptsError
+
+from glassgpt.errors import UserError
+from glassgpt.version import __version__
+
+VERBS = {
+    "demo": "Train a small GPT on real text for about a minute and see what it has learned.",
+    "prepare": "Turn text into token files that training can map into memory, however large.",
+    "train": "Train a GPT on text and keep it as a run directory that other tools load as it is.",
+    "sample": "Let a trained model continue a prompt; prints the prompt and what follows.",
+}
+
+
+def make_app(arguments: list[str]) -> App:
+    """The command line; of the verbs only the one that is used is imported."""
+    app = App(
+        name="glassgpt",
+        version=__version__,
+        help="GPTs you can see through: train, sample and understand GPT models on this machine."
+        "\n\nStart with `glassgpt demo`: a minute of training on real text, explained.",
+        help_epilogue="Every verb explains itself, for example: glassgpt train --help",
+        # Rendering markdown takes 40 ms more: for the verbs' longer texts only.
+        help_format="markdown" if arguments[:1] and arguments[0] in VERBS else "plaintext",
+    )
+    for position, (verb, summary) in enumerate(VERBS.items()):
+        own_help = verb in arguments[:1]  # its docstring says more than the summary
+        app.command(f"glassgpt.verbs:{verb}", name=verb, sort_key=position,
+                    help=None if own_help else summary)  # fmt: skip
+    return app
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run one command; errors of the user become one line and exit status 2."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        app = make_app(arguments)
+        app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
+    except (UserError, CycloptsError) as error:
+        sys.stdout.flush()
+        print(f"glassgpt: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("\nglassgpt: interrupted; nothing half-done was left behind", file=sys.stderr)
+        raise SystemExit(130) from None
+    except BrokenPipeError:  # `glassgpt sample ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from None

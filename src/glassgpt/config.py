@@ -1,0 +1,382 @@
+"""What a model is and how it is trained: frozen dataclasses, presets, files and overrides.
+
+Every option of the command line is a field below; its help text stands beside it.
+
+    ModelConfig.from_shape("modern", vocab_size=65, n_layer=4).n_parameters
+
+Precedence: defaults < preset < TOML file < command line (`resolve_options`). This room does
+arithmetic and reads TOML; it knows no tensor, no tokenizer and no device.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import tomllib
+import types
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from glassgpt.errors import UserError, explain_os_errors, nearest
+
+Shape = Literal["gpt2", "modern"]
+Norm = Literal["layernorm", "rmsnorm"]
+Position = Literal["learned", "rope"]
+Activation = Literal["relu", "gelu", "gelu_tanh", "swiglu"]
+Family = Literal["gpt2", "llama", "qwen3"]
+
+_SHAPES: dict[str, dict[str, Any]] = {
+    "gpt2": dict(
+        norm="layernorm", position="learned", activation="gelu_tanh", qk_norm=False, bias=True,
+        norm_eps=1e-5,
+    ),
+    "modern": dict(
+        norm="rmsnorm", position="rope", activation="swiglu", qk_norm=True, bias=False,
+        norm_eps=1e-6,
+    ),
+}  # fmt: skip
+# A size that a laptop trains in minutes; anything larger is asked for by name or preset.
+_SIZE = dict(context_length=128, n_layer=4, n_head=4, n_embd=128)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The architecture, complete: two equal configs have interchangeable weights.
+
+    Only what GPT2LMHeadModel, LlamaForCausalLM or Qwen3ForCausalLM can express is accepted
+    (`family` says which); anything else raises `UserError`.
+    """
+
+    vocab_size: Annotated[int, "number of different tokens"]
+    context_length: Annotated[int, "tokens the model sees at once"]
+    n_layer: Annotated[int, "transformer blocks (0 makes a bigram model)"]
+    n_head: Annotated[int, "attention heads per block"]
+    n_kv_head: Annotated[int, "key/value heads, shared by groups of heads [n_head]"]
+    n_embd: Annotated[int, "width of the residual stream"]
+    head_dim: Annotated[int, "width of a head [n_embd / n_head]"]
+    n_hidden: Annotated[int, "width inside the MLP [gpt2: 4 n_embd; modern: 8/3 n_embd]"]
+    norm: Annotated[Norm, "normalisation"]
+    position: Annotated[Position, "how positions are told apart"]
+    activation: Annotated[Activation, "non-linearity of the MLP"]
+    qk_norm: Annotated[bool, "normalise queries and keys"]
+    bias: Annotated[bool, "biases in linear layers and LayerNorm"]
+    tie_embeddings: Annotated[bool, "output head shares the token embedding"] = True
+    dropout: Annotated[float, "share of activations dropped in training"] = 0.0
+    rope_theta: Annotated[float, "longest wavelength of the rotary positions"] = 10000.0
+    norm_eps: Annotated[float, "added to the variance before its root"] = 1e-5
+
+    @classmethod
+    def from_shape(cls, shape: Shape = "modern", *, vocab_size: int, **overrides: Any):
+        """The config of a named shape, with any field replaced and the rest derived."""
+        if shape not in _SHAPES:
+            raise UserError(f"unknown shape {shape!r}; the shapes are: {', '.join(_SHAPES)}")
+        values = {**_SIZE, **_SHAPES[shape], **overrides, "vocab_size": vocab_size}
+        names = {field.name for field in dataclasses.fields(cls)}
+        for name in values:
+            if name not in names:
+                raise UserError(f"unknown model option {name!r}.{nearest(name, names)}")
+        n_embd, n_head = values["n_embd"], max(1, values["n_head"])
+        values.setdefault("n_kv_head", n_head)
+        if "head_dim" not in values:
+            if n_embd % n_head:
+                raise UserError(
+                    f"n_embd={n_embd} can't be split over n_head={n_head} heads; "
+                    f"choose n_embd={-(-n_embd // n_head) * n_head} or another n_head"
+                )
+            values["head_dim"] = n_embd // n_head
+        if "n_hidden" not in values:
+            # SwiGLU has three matrices where others have two: 8/3 keeps the parameter count.
+            swiglu = values["activation"] == "swiglu"
+            values["n_hidden"] = -(-n_embd * 8 // 3 // 32) * 32 if swiglu else 4 * n_embd
+        return cls(**values)
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "context_length", "n_head", "n_kv_head", "n_embd", "head_dim"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.n_layer < 0 or self.n_hidden < 1:
+            raise UserError(f"n_layer={self.n_layer}, n_hidden={self.n_hidden}: too small")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"dropout={self.dropout} must be at least 0 and less than 1")
+        if self.n_head % self.n_kv_head:
+            raise UserError(
+                f"n_head={self.n_head} is not a multiple of n_kv_head={self.n_kv_head}; "
+                "every key/value head must serve the same number of heads"
+            )
+        if self.position == "rope" and self.head_dim % 2:
+            raise UserError(f"head_dim={self.head_dim} must be even for rotary positions")
+        self.family  # noqa: B018  (raises when no saved architecture can express this)
+
+    @property
+    def family(self) -> Family:
+        """Which published architecture this is, hence how it is saved."""
+        if (self.norm, self.position, self.qk_norm) == ("layernorm", "learned", False):
+            if self.activation == "swiglu":
+                raise UserError("activation=swiglu needs norm=rmsnorm and position=rope")
+            if self.n_kv_head != self.n_head or self.head_dim * self.n_head != self.n_embd:
+                raise UserError(
+                    "the gpt2 shape needs n_kv_head = n_head and head_dim = n_embd / n_head; "
+                    "use --shape modern for other heads"
+                )
+            return "gpt2"
+        if (self.norm, self.position) == ("rmsnorm", "rope"):
+            if self.activation != "swiglu" or self.bias:
+                raise UserError("norm=rmsnorm with position=rope needs activation=swiglu, no bias")
+            return "qwen3" if self.qk_norm else "llama"
+        raise UserError(
+            f"norm={self.norm}, position={self.position}, qk_norm={self.qk_norm} is no architecture"
+            " that other tools load; use --shape gpt2 or --shape modern"
+        )
+
+    @property
+    def weight_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name in model.py -> shape, for every weight; a tied head is not there twice."""
+        C, V, F, D = self.n_embd, self.vocab_size, self.n_hidden, self.head_dim
+        q, kv = self.n_head * D, self.n_kv_head * D
+        linears = {"attn.qkv": (q + 2 * kv, C), "attn.out": (C, q)}
+        linears |= {"mlp.gate": (F, C)} if self.activation == "swiglu" else {}
+        linears |= {"mlp.up": (F, C), "mlp.down": (C, F)}
+        norms = {"attn_norm": C, "mlp_norm": C}
+        norms |= {"attn.q_norm": D, "attn.k_norm": D} if self.qk_norm else {}
+        shapes: dict[str, tuple[int, ...]] = {"token_embedding.weight": (V, C)}
+        if self.position == "learned":
+            shapes["position_embedding.weight"] = (self.context_length, C)
+        for block in (f"blocks.{layer}" for layer in range(self.n_layer)):
+            shapes |= {f"{block}.{name}.weight": shape for name, shape in linears.items()}
+            shapes |= {f"{block}.{name}.weight": (width,) for name, width in norms.items()}
+            if self.bias:
+                shapes |= {f"{block}.{name}.bias": (shape[0],) for name, shape in linears.items()}
+                shapes |= {f"{block}.{name}.bias": (width,) for name, width in norms.items()}
+        shapes["final_norm.weight"] = (C,)
+        if self.bias:
+            shapes["final_norm.bias"] = (C,)
+        if not self.tie_embeddings:
+            shapes["head.weight"] = (V, C)
+        return shapes
+
+    @property
+    def n_parameters(self) -> int:
+        """All trained numbers; a tied head counts once."""
+        return sum(math.prod(shape) for shape in self.weight_shapes.values())
+
+    def flops_per_token(self, context_length: int | None = None) -> int:
+        """Multiplications and additions of one training step, per token, matrix products only.
+
+        Three times the forward pass (forward, and two products backward), two per
+        multiply-add; attention counts the full T x T square, as in PaLM's appendix B
+        (arXiv:2204.02311), so that figures compare with those of others.
+        """
+        T = context_length or self.context_length
+        C, q, kv = self.n_embd, self.n_head * self.head_dim, self.n_kv_head * self.head_dim
+        matrices = 3 if self.activation == "swiglu" else 2
+        per_block = C * (q + 2 * kv) + q * C + matrices * C * self.n_hidden + 2 * q * T
+        return 6 * (self.n_layer * per_block + C * self.vocab_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """How text becomes tokens (`prepare`, and `train` on raw text)."""
+
+    tokenizer: Annotated[str, "char, byte, gpt2, bpe:N (N tokens, learned here), or a path"] = (
+        "char"
+    )
+    val_fraction: Annotated[
+        float, "share of documents kept for validation (of characters, when they are too few)"
+    ] = 0.1
+    val: Annotated[str | None, "file to validate on, instead of a fraction"] = None
+    text_field: Annotated[str | None, "column or key with the text, in jsonl/csv/parquet"] = None
+    max_tokens: Annotated[int | None, "stop after about this many tokens"] = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.val_fraction < 1:
+            raise UserError(f"val_fraction={self.val_fraction} must lie between 0 and 1")
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise UserError(f"max_tokens={self.max_tokens} must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How a model is trained. `None` means off, or chosen for you where the help says so."""
+
+    out: Annotated[str | None, "run directory [runs/NAME-OF-THE-DATA]"] = None
+    max_steps: Annotated[int, "optimizer updates"] = 2000
+    batch_tokens: Annotated[int, "tokens per step, over all devices"] = 4096
+    micro_batch_size: Annotated[
+        int | None, "sequences at a time on a device; the rest is accumulated [all of the step's]"
+    ] = None
+    learning_rate: Annotated[float, "peak learning rate"] = 2e-3
+    min_learning_rate: Annotated[float | None, "where the decay ends [a tenth of the peak]"] = None
+    warmup_steps: Annotated[int, "steps of linear warm-up"] = 100
+    schedule: Annotated[Literal["cosine", "linear", "constant"], "shape of the decay"] = "cosine"
+    decay_steps: Annotated[int | None, "step at which the decay ends [max_steps]"] = None
+    weight_decay: Annotated[float, "AdamW's decay, on matrices only"] = 0.1
+    beta1: Annotated[float, "AdamW's memory of the gradient"] = 0.9
+    beta2: Annotated[float, "AdamW's memory of its square"] = 0.99
+    grad_clip: Annotated[float | None, "largest norm of the gradient ('none' for off)"] = 1.0
+    eval_interval: Annotated[int, "steps between evaluations"] = 250
+    eval_batches: Annotated[int | None, "batches per evaluation [the whole validation split]"] = (
+        None
+    )
+    patience: Annotated[int | None, "stop after this many evaluations without a new best"] = None
+    checkpoint_interval: Annotated[int | None, "steps between checkpoints [eval_interval]"] = None
+    sample_prompt: Annotated[str | None, "prompt of the samples [a line break]"] = None
+    sample_tokens: Annotated[int, "length of the samples drawn at evaluations (0: none)"] = 200
+    log_interval: Annotated[int, "steps between lines of metrics.jsonl"] = 10
+    seed: Annotated[int, "makes batches, initial weights and samples repeatable"] = 1337
+    device: Annotated[Literal["auto", "cpu", "cuda", "mps"], "where to compute"] = "auto"
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        "precision of the products [bfloat16 or float16 on a GPU, float32 on a CPU]",
+    ] = "auto"
+    compile: Annotated[Literal["auto", "on", "off"], "torch.compile [on a GPU]"] = "auto"
+    threads: Annotated[int | None, "CPU threads [all cores]"] = None
+    tensorboard: Annotated[bool, "log to OUT/tensorboard as well"] = False
+    wandb: Annotated[bool, "log to Weights & Biases as well (offline without an account)"] = False
+
+    def __post_init__(self) -> None:
+        for name in ("max_steps", "batch_tokens", "eval_interval", "log_interval"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("micro_batch_size", "eval_batches", "patience", "checkpoint_interval",
+                     "decay_steps", "threads"):  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name}={value} must be at least 1 (leave it out for off)")
+        for name in ("warmup_steps", "sample_tokens", "weight_decay", "seed"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name}={getattr(self, name)} can't be negative")
+        if not self.learning_rate > 0:
+            raise UserError(f"learning_rate={self.learning_rate} must be greater than 0")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)} must be in [0, 1)")
+        if self.grad_clip is not None and not self.grad_clip > 0:
+            raise UserError(f"grad_clip={self.grad_clip} must be greater than 0, or none")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How tokens are drawn. Filters apply in the order of the fields."""
+
+    max_new_tokens: Annotated[int, "stop after this many tokens"] = 200
+    repetition_penalty: Annotated[
+        float | None, "divide the odds of tokens already there by this (1.1, say)"
+    ] = None
+    temperature: Annotated[float, "below 1: safer choices; 0: always the likeliest token"] = 1.0
+    top_k: Annotated[int | None, "draw from the k likeliest tokens"] = None
+    top_p: Annotated[float | None, "draw from the likeliest tokens that together have p"] = None
+    min_p: Annotated[float | None, "leave out tokens below this share of the likeliest one's"] = (
+        None
+    )
+    stop: Annotated[tuple[str, ...], "end before this text (may be repeated)"] = ()
+    seed: Annotated[int, "the same seed gives the same text"] = 1337
+    num_samples: Annotated[int, "completions, drawn side by side"] = 1
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 0 or self.num_samples < 1:
+            raise UserError("max_new_tokens must be at least 0 and num_samples at least 1")
+        if not self.temperature >= 0:
+            raise UserError(f"temperature={self.temperature} must be 0 or greater")
+        if self.top_k is not None and self.top_k < 1:
+            raise UserError(f"top_k={self.top_k} must be at least 1")
+        for name in ("top_p", "min_p"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value <= 1:
+                raise UserError(f"{name}={value} must be greater than 0 and at most 1")
+        if self.repetition_penalty is not None and not self.repetition_penalty > 0:
+            raise UserError(f"repetition_penalty={self.repetition_penalty} must be positive")
+        if "" in self.stop:
+            raise UserError("a stop string can't be empty")
+
+
+# -- options: the flat view of the dataclasses that TOML files and the command line share --------
+
+
+def option_types() -> dict[str, Any]:
+    """Name -> annotated type of every option of `train`, in the order people meet them."""
+    hints: dict[str, Any] = {"data": Annotated[str | None, "what to train on"]}
+    hints["shape"] = Annotated[Shape, "architecture: modern (RMSNorm, RoPE, SwiGLU) or gpt2"]
+    for cls in (TrainConfig, DataConfig, ModelConfig):
+        hints |= typing.get_type_hints(cls, include_extras=True)
+    del hints["vocab_size"]  # the tokenizer decides
+    return hints
+
+
+def names_of(cls: type) -> set[str]:
+    return {field.name for field in dataclasses.fields(cls)}
+
+
+def split_options(options: dict[str, Any]) -> tuple[dict[str, Any], DataConfig, TrainConfig]:
+    """Flat options -> (model overrides incl. "shape", DataConfig, TrainConfig)."""
+    parts = [
+        {name: value for name, value in options.items() if name in names_of(cls)}
+        for cls in (ModelConfig, DataConfig, TrainConfig)
+    ]
+    parts[0]["shape"] = options.get("shape", "modern")
+    return parts[0], DataConfig(**parts[1]), TrainConfig(**parts[2])
+
+
+_PRESETS = Path(__file__).parent / "presets"
+
+
+def preset_names() -> list[str]:
+    return sorted(path.stem for path in _PRESETS.glob("*.toml"))
+
+
+def resolve_options(
+    given: dict[str, Any], *, preset: str | None = None, config: str | Path | None = None
+) -> dict[str, Any]:
+    """Defaults < preset < file < `given`; every value checked against its field's type.
+
+    Raises `UserError` for unknown names (with the nearest valid one), wrong types, and a
+    preset or file that can't be read.
+    """
+    options: dict[str, Any] = {}
+    if preset is not None:
+        if preset not in preset_names():
+            raise UserError(
+                f"no preset {preset!r}.{nearest(preset, preset_names())} "
+                f"The presets are: {', '.join(preset_names())}"
+            )
+        text = (_PRESETS / f"{preset}.toml").read_text("utf-8")
+        options |= check_options(tomllib.loads(text), f"preset {preset}")
+    if config is not None:
+        with explain_os_errors(f"read {config}"):
+            raw = Path(config).read_bytes()
+        try:
+            options |= check_options(tomllib.loads(raw.decode("utf-8")), str(config))
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise UserError(f"{config} is not valid TOML: {error}") from error
+    return options | check_options(given, "the options")
+
+
+def check_options(options: dict[str, Any], where: str) -> dict[str, Any]:
+    """The same options, numbers converted to their field's type; raises `UserError`."""
+    hints = option_types()
+    checked = {}
+    for name, value in options.items():
+        key = name.replace("-", "_")
+        if key not in hints:
+            raise UserError(f"unknown option {name!r} in {where}.{nearest(key, hints)}")
+        checked[key] = _check_value(key, value, hints[key], where)
+    return checked
+
+
+def _check_value(name: str, value: Any, hint: Any, where: str) -> Any:
+    kind = typing.get_args(hint)[0]  # Annotated[kind, "help"]
+    if isinstance(kind, types.UnionType):
+        if value is None or value == "none":
+            return None
+        kind = next(part for part in typing.get_args(kind) if part is not type(None))
+    if typing.get_origin(kind) is Literal:
+        choices = typing.get_args(kind)
+        if value not in choices:
+            raise UserError(f"{name}={value!r} in {where}: choose from {', '.join(choices)}")
+        return value
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise UserError(f"{name}={value!r} in {where} must be of type {kind.__name__}")
+    return value

@@ -1,0 +1,1 @@
+"""From any text to batches of tokens: sources -> prepare -> batches."""

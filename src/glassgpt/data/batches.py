@@ -1,0 +1,184 @@
+"""Batches of tokens, as a pure function of (seed, step).
+
+    data = load_data("data/book"); tokens, targets = data.train.batch(step=0, seed=1, n=8, T=64)
+
+Nothing is drawn from a stored generator: any step's batch can be had at any time, so resuming,
+debugging one step and changing the number of devices need no state. Files are memory-mapped;
+how much text there is does not matter. NumPy in, NumPy out: torch is not known here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import pickle
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from glassgpt.errors import UserError, explain_os_errors
+from glassgpt.tokenizer import CharTokenizer, Tokenizer, fingerprint, load_tokenizer
+
+IGNORE = -100  # a target that carries no loss
+
+
+class TokenFiles:
+    """One split: a row of token files, memory-mapped, seen as one long sequence."""
+
+    def __init__(self, paths: Sequence[Path], dtype: str) -> None:
+        self.shards = [_map(path, dtype) for path in paths]
+        self.ends = np.cumsum([len(shard) for shard in self.shards])
+
+    def __len__(self) -> int:
+        return int(self.ends[-1]) if len(self.ends) else 0
+
+    def read(self, start: int, end: int) -> np.ndarray:
+        """Tokens start..end (end - start,) int64, across file borders."""
+        parts = []
+        for shard, shard_end in zip(self.shards, self.ends, strict=True):
+            first = shard_end - len(shard)
+            if start < shard_end and end > first:
+                parts.append(shard[max(0, start - first) : end - first])
+        return np.concatenate(parts).astype(np.int64) if parts else np.empty(0, np.int64)
+
+    def batch(
+        self, step: int, *, seed: int, n: int, T: int, rows: slice = slice(None)
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """`n` random windows of T tokens and their successors: (n, T) and (n, T) int64.
+
+        `rows` picks a device's part of the global batch; the batch itself depends on `seed`
+        and `step` alone (Philox, a counter-based generator: Salmon et al., SC 2011).
+        """
+        generator = np.random.Generator(np.random.Philox(key=seed, counter=step))
+        starts = generator.integers(0, len(self) - T, size=n)[rows]
+        if len(self.shards) == 1:
+            windows = self.shards[0][starts[:, None] + np.arange(T + 1)].astype(np.int64)
+        else:
+            windows = np.stack([self.read(start, start + T + 1) for start in starts])
+        return windows[:, :-1], windows[:, 1:]
+
+    def windows(
+        self, *, n: int, T: int, rank: int = 0, world: int = 1
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """The whole split once, in order, as batches of up to `n` windows: every token but the
+        first is a target exactly once. The last window is padded with IGNORE targets.
+        """
+        n_windows = -(-(len(self) - 1) // T)
+        for first in range(rank * n, n_windows, n * world):
+            count = min(n, n_windows - first)
+            flat = self.read(first * T, min(len(self), (first + count) * T + 1))
+            tokens, targets = np.zeros(count * T, np.int64), np.full(count * T, IGNORE)
+            tokens[: len(flat) - 1], targets[: len(flat) - 1] = flat[:-1], flat[1:]
+            yield tokens.reshape(count, T), targets.reshape(count, T)
+
+
+@dataclass
+class Dataset:
+    """A prepared folder: two splits, and the tokenizer that made them."""
+
+    path: Path
+    train: TokenFiles
+    val: TokenFiles
+    tokenizer: Tokenizer
+    fingerprint: str
+    meta: Mapping[str, Any]
+
+    def check_fits(self, context_length: int) -> None:
+        """Raises `UserError` when there is not even one window to train or validate on."""
+        if len(self.train) <= context_length:
+            raise UserError(
+                f"{self.path}: {len(self.train)} training tokens are too few for "
+                f"context_length={context_length}; use more text or a shorter --context-length"
+            )
+        if len(self.val) < 2:
+            raise UserError(
+                f"{self.path}: {len(self.val)} validation tokens; use more text, a larger "
+                "--val-fraction, or --val FILE"
+            )
+
+
+def load_data(path: str | Path) -> Dataset:
+    """A folder made by `glassgpt prepare`, or one of nanoGPT's (train.bin, val.bin, meta.pkl)."""
+    path = Path(path)
+    if (path / "meta.json").exists():
+        return _load_ours(path)
+    if (path / "train.bin").exists():
+        return _load_nanogpt(path)
+    raise UserError(f"{path} holds no prepared data (no meta.json); see glassgpt prepare --help")
+
+
+def is_prepared(path: str | Path) -> bool:
+    return any((Path(path) / name).is_file() for name in ("meta.json", "train.bin"))
+
+
+def _load_ours(path: Path) -> Dataset:
+    with explain_os_errors(f"read {path}"):
+        try:
+            meta = json.loads((path / "meta.json").read_bytes())
+            splits = {
+                name: TokenFiles([path / file for file in meta[name]["files"]], meta["dtype"])
+                for name in ("train", "val")
+            }
+            for name, split in splits.items():
+                if len(split) != meta[name]["tokens"]:
+                    raise UserError(
+                        f"{path}: {name} holds {len(split)} tokens instead of "
+                        f"{meta[name]['tokens']}; prepare the data again"
+                    )
+            tokenizer = load_tokenizer(path)
+        except (ValueError, KeyError, TypeError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"{path / 'meta.json'} is damaged: {error!r}") from error
+    if fingerprint(tokenizer) != meta.get("tokenizer"):
+        raise UserError(f"{path}: the data were made with another tokenizer.json than this one")
+    return Dataset(path, splits["train"], splits["val"], tokenizer, meta["fingerprint"], meta)
+
+
+def _map(path: Path, dtype: str) -> np.ndarray:
+    if not path.exists():
+        raise UserError(f"{path} is missing; prepare the data again")
+    size, width = path.stat().st_size, np.dtype(dtype).itemsize
+    if size % width:
+        raise UserError(f"{path} is cut short ({size} bytes); prepare the data again")
+    return np.memmap(path, dtype=dtype, mode="r") if size else np.empty(0, dtype)
+
+
+# -- nanoGPT's folders ---------------------------------------------------------------------------
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Dictionaries, strings and numbers only: a pickle that names any code is refused."""
+
+    def find_class(self, module_name: str, global_name: str) -> Any:
+        raise UserError(f"meta.pkl wants to run {module_name}.{global_name}; refused")
+
+
+def _load_nanogpt(path: Path) -> Dataset:
+    train, val = (TokenFiles([path / f"{name}.bin"], "<u2") for name in ("train", "val"))
+    if (path / "meta.pkl").exists():
+        try:
+            meta = _PlainUnpickler(io.BytesIO((path / "meta.pkl").read_bytes())).load()
+            characters = [meta["itos"][i] for i in range(meta["vocab_size"])]
+        except (pickle.UnpicklingError, EOFError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path / 'meta.pkl'} is no nanoGPT meta.pkl: {error!r}") from error
+        if characters != sorted(characters):
+            raise UserError(f"{path / 'meta.pkl'}: its characters are not in sorted order")
+        tokenizer: Tokenizer = CharTokenizer.from_characters(characters)
+    else:  # nanoGPT's own rule: no meta.pkl means GPT-2's BPE
+        from glassgpt.data.vocabulary import build_tokenizer
+
+        tokenizer = build_tokenizer("gpt2", lambda: iter(()))
+    for split in (train, val):
+        # A look at the start is enough to notice the wrong vocabulary, and OpenWebText has 17 GB.
+        if split.read(0, 1 << 20).max(initial=0) >= tokenizer.vocab_size:
+            raise UserError(f"{path}: tokens outside the vocabulary; another tokenizer made them")
+    digest = hashlib.sha256(f"{len(train)} {len(val)}".encode())
+    for split in (train, val):
+        digest.update(np.ascontiguousarray(split.read(0, 1 << 20)).data)
+    name = digest.hexdigest()[:16]
+    return Dataset(path, train, val, tokenizer, name, {"sources": [{"name": str(path)}]})

@@ -1,0 +1,294 @@
+"""Text out of any source: files, folders, archives, tables, and the named corpora.
+
+    for piece in read_pieces(resolve(["book.txt", "letters/", "pages.tar.xz", "shakespeare"])):
+        print(piece.starts_document, piece.text)
+
+Archives are known by their first bytes, not by their names, and opened however deep they nest; what
+a file holds is known by its name (.jsonl .csv .tsv .parquet), otherwise it is text. All of it is
+streamed: memory holds a few blocks, whatever the size of the input. Archives are taken apart
+in `archives.py`, bytes become text in `texts.py`; no room of the three knows of tokens.
+"""
+
+from __future__ import annotations
+
+import glob
+import io
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from glassgpt.data.archives import (
+    ARCHIVES,
+    COMPRESSIONS,
+    NotTextError,
+    decompress,
+    is_hidden,
+    kind_of,
+)
+from glassgpt.data.corpora import CORPORA, RemoteFile, fetch
+from glassgpt.data.download import RangeFile, sha256_of
+from glassgpt.data.texts import TABLES, Piece, cut_document, decode, split_documents
+from glassgpt.errors import UserError, explain_os_errors, nearest
+
+_BUFFER = 1 << 17  # bytes read from disk at least
+_REMOTE_BUFFER = 4 << 20  # bytes fetched by a request at least
+_MAX_DEPTH = 12  # levels of archives in archives: there are ones that contain themselves
+
+Progress = Callable[[str, int, int | None], None]  # (name, bytes done, bytes in all)
+
+
+@dataclass(frozen=True)
+class Source:
+    """One file to read: on disk, or on the net and read from there.
+
+    `named`: the user asked for this very file, so it is an error if it holds no text; what a folder
+    or a glob brings along is skipped instead.
+    """
+
+    name: str
+    file: Path | RemoteFile
+    named: bool = True
+
+
+# ---- what the user named, as files -----------------------------------------------------------
+
+
+def resolve(names: Sequence[str], *, progress: Progress | None = None) -> list[Source]:
+    """The files behind `names`: files, folders, globs (also `**`) and names of corpora, in order.
+
+    Folders are searched to the bottom, sorted, without hidden files. What is listed twice comes
+    once. A corpus is fetched if need be, with `progress(name, bytes_done, bytes_total)`. Raises
+    UserError for a name that leads to nothing.
+    """
+    assert not isinstance(names, str), "a list of names, not one name"
+    found: dict[str, Source] = {}
+    for name in names:
+        for source in _expand(name, progress):
+            file = source.file
+            key = os.path.realpath(file) if isinstance(file, Path) else file.url
+            if key not in found or source.named:
+                found[key] = source
+    return list(found.values())
+
+
+def _expand(name: str, progress: Progress | None) -> list[Source]:
+    path = Path(name).expanduser()
+    with explain_os_errors(f"read {name}"):
+        if name and path.is_dir():
+            return _in_folder(name, path)
+        if name and path.exists():
+            if not path.is_file():
+                raise UserError(f"{name} is not a file on disk; save what it gives to a file first")
+            if path.stat().st_size == 0:
+                raise UserError(f"{name} is empty")
+            return [Source(name, path)]
+        if name in CORPORA:
+            return [Source(f"{name}/{file.name}", file) for file in fetch(name, progress)]
+        if glob.has_magic(name):
+            return _matching(name, path)
+        parent = path.parent
+        entries = islice(parent.iterdir(), 1000) if parent.is_dir() else ()
+        beside = [name.removesuffix(path.name) + entry.name for entry in entries]
+    corpora = ", ".join(CORPORA)
+    raise UserError(
+        f"{name!r} does not exist.{nearest(name, [*CORPORA, *beside])} "
+        f"Name a file, a folder, a glob or a corpus ({corpora})"
+    )
+
+
+def _in_folder(name: str, folder: Path) -> list[Source]:
+    def refuse(error: OSError) -> None:
+        raise error  # os.walk would leave out a folder it may not read, without a word
+
+    paths = []
+    for parent, folders, files in os.walk(folder, onerror=refuse):
+        folders[:] = [entry for entry in folders if not is_hidden(entry)]
+        paths += [os.path.join(parent, entry) for entry in files if not is_hidden(entry)]
+    sizes = {path: os.path.getsize(path) for path in sorted(paths) if os.path.isfile(path)}
+    if not any(sizes.values()):
+        raise UserError(f"{name} is a folder with nothing to read in it")
+    return [
+        Source(os.path.join(name, os.path.relpath(path, folder)), Path(path), named=False)
+        for path in sizes
+    ]
+
+
+def _matching(name: str, pattern: Path) -> list[Source]:
+    found = []
+    for match in sorted(glob.glob(str(pattern), recursive=True)):
+        if os.path.isfile(match):
+            found.append(Source(match, Path(match), named=False))
+        elif os.path.isdir(match) and "**" not in name:  # as if the shell had expanded the glob
+            found += _in_folder(match, Path(match))
+    if not found:
+        raise UserError(f"nothing matches {name!r}; check the name and the folder")
+    return found
+
+
+def total_bytes(sources: Iterable[Source]) -> int:
+    """The size of all sources together as they lie there, packed, in bytes."""
+    return sum(_size(source) for source in sources)
+
+
+def _size(source: Source) -> int:
+    if isinstance(source.file, RemoteFile):
+        return source.file.size
+    with explain_os_errors(f"read {source.name}"):
+        return source.file.stat().st_size
+
+
+def fingerprint(source: Source) -> dict[str, Any]:
+    """{"name", "bytes", "sha256"} of a source; of a streamed one, the SHA-256 it is pinned to."""
+    if isinstance(source.file, RemoteFile):
+        sha256 = source.file.sha256
+    else:
+        with explain_os_errors(f"read {source.name}"):
+            sha256 = sha256_of(source.file)
+    return {"name": source.name, "bytes": _size(source), "sha256": sha256}
+
+
+# ---- reading ---------------------------------------------------------------------------------
+
+
+def read_pieces(
+    sources: Iterable[Source],
+    *,
+    text_field: str | None = None,
+    piece_chars: int = 1 << 20,
+    on_skip: Callable[[str, str], None] | None = None,
+    on_bytes: Callable[[int], None] | None = None,
+) -> Iterator[Piece]:
+    """All documents of all sources, in order, in pieces of at most about `piece_chars` characters.
+
+    A text file is one document, or several with `<|endoftext|>` between them; in JSON lines, CSV,
+    TSV and Parquet each record is one, its text in `text_field` (None: "text", or else the only
+    field that holds text). `on_bytes(n)`: n more bytes were read; they add up to `total_bytes`.
+    `on_skip(name, reason)`: a file in a folder or archive holds no text. One in which this shows
+    only after its first MiB is an error, because a part of it is handed out already.
+
+    Raises UserError for text that isn't UTF-8 (or UTF-16 with its mark), records without their
+    field, archives damaged or cut short, and sources without any text.
+    """
+    how = _How(text_field, piece_chars, on_skip or (lambda name, reason: None))
+    names, anything = [], False
+    for source in sources:
+        names.append(source.name)
+        something = False
+        with explain_os_errors(f"read {source.name}"), _Metered(source, on_bytes) as metered:
+            buffer = _BUFFER if isinstance(source.file, Path) else _REMOTE_BUFFER
+            stream: io.BufferedReader = io.BufferedReader(metered, buffer)
+            for piece in _pieces(stream, source.name, how, strict=source.named):
+                something = anything = True
+                yield piece
+            metered.finish()
+        if source.named and not something:
+            raise UserError(f"{source.name}: there is no text in it")
+    if not anything:
+        shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+        raise UserError(f"there is no text in {shown or 'an empty list of sources'}")
+
+
+class _How(NamedTuple):
+    """The options of `read_pieces` that every level needs."""
+
+    text_field: str | None
+    piece_chars: int
+    skip: Callable[[str, str], None]
+
+
+class _Metered(io.RawIOBase):
+    """The raw bytes of a source, counted as they are read.
+
+    Formats that are read out of order (zip, Parquet) read some parts twice and others never: the
+    count never exceeds the size, and `finish` makes up the rest.
+    """
+
+    def __init__(self, source: Source, on_bytes: Callable[[int], None] | None) -> None:
+        file = source.file
+        self._raw = io.FileIO(file) if isinstance(file, Path) else RangeFile(file.url, file.size)
+        self._left, self._on_bytes = _size(source), on_bytes
+
+    def _count(self, n: int) -> None:
+        n = min(n, self._left)
+        self._left -= n
+        if n and self._on_bytes is not None:
+            self._on_bytes(n)
+
+    def finish(self) -> None:
+        self._count(self._left)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        return self._raw.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._raw.tell()
+
+    def readinto(self, buffer: Any) -> int:
+        n = self._raw.readinto(buffer) or 0
+        self._count(n)
+        return n
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
+
+
+def _pieces(
+    stream: io.BufferedReader, name: str, how: _How, *, strict: bool, depth: int = 0
+) -> Iterator[Piece]:
+    """The documents in `stream`, whatever it is; unless `strict`, what is not text is skipped."""
+    if depth > _MAX_DEPTH:
+        raise UserError(f"{name}: more than {_MAX_DEPTH} archives in one another; unpack it first")
+    handed_out = False
+    try:
+        for piece in _pieces_of_kind(stream, name, how, strict=strict, depth=depth):
+            handed_out = True
+            yield piece
+    except NotTextError as problem:
+        if strict or handed_out:
+            raise
+        how.skip(name, problem.reason)
+
+
+def _pieces_of_kind(
+    stream: io.BufferedReader, name: str, how: _How, *, strict: bool, depth: int
+) -> Iterator[Piece]:
+    head = stream.peek(512)[:512]
+    if not head:
+        raise NotTextError(name, "empty")
+    kind = kind_of(head) or _kind_by_name(name)
+    if kind in COMPRESSIONS:
+        inner = decompress(kind, stream, name)
+        yield from _pieces(inner, name, how, strict=strict, depth=depth + 1)
+    elif kind in ARCHIVES:
+        for member, inner in ARCHIVES[kind](stream, name):
+            yield from _pieces(inner, f"{name}/{member}", how, strict=False, depth=depth + 1)
+    elif kind in TABLES:
+        for text in TABLES[kind](stream, name, how.text_field):
+            yield from cut_document(text, how.piece_chars)
+    else:
+        yield from split_documents(decode(stream, name), how.piece_chars)
+
+
+_SUFFIXES = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".parquet": "parquet",
+}
+
+
+def _kind_by_name(name: str) -> str:
+    bare = re.sub(r"(\.(gz|xz|bz2|zstd?))+$", "", name.lower())
+    return _SUFFIXES.get(os.path.splitext(bare)[1], "text")

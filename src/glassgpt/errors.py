@@ -1,0 +1,51 @@
+"""The one exception that people see, and the "did you mean" that goes with it.
+
+Bad input raises `UserError`; the command line prints it on one line and exits with status 2.
+This room knows nothing of models, files or terminals.
+"""
+
+from __future__ import annotations
+
+import difflib
+import errno
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+
+class UserError(ValueError):
+    """Something the user can put right: the message names the thing, its value and the remedy."""
+
+
+def nearest(name: str, choices: Iterable[str]) -> str:
+    """A " Did you mean 'x'?" for the choice closest to `name`, or "" when none is close."""
+    close = difflib.get_close_matches(name, list(choices), n=1)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+_OS_REMEDIES = {
+    errno.ENOSPC: "no space left on device; free some space or choose another folder",
+    errno.EDQUOT: "your disk quota is used up; free some space or choose another folder",
+    errno.EROFS: "the file system is read-only; choose another folder",
+    errno.EACCES: "permission denied; choose a folder or file that you may use",
+    errno.EPERM: "not permitted; choose a folder or file that you may use",
+    errno.ENOENT: "it does not exist; check the name",
+    errno.EISDIR: "that is a folder; name a file",
+    errno.ENOTDIR: "a part of that path is a file, not a folder; check the name",
+    errno.EEXIST: "it exists already; choose another name",
+    errno.ENAMETOOLONG: "the name is too long for this file system; choose a shorter one",
+}
+
+
+@contextmanager
+def explain_os_errors(doing: str) -> Iterator[None]:
+    """Turn the operating system's errors into a `UserError`: "cannot {doing}: no space left ...".
+
+    `doing` says what was being tried, with the path: "write runs/book".
+    """
+    try:
+        yield
+    except OSError as error:
+        remedy = _OS_REMEDIES.get(error.errno or 0)
+        if remedy is None:
+            raise
+        raise UserError(f"cannot {doing}: {remedy}") from error

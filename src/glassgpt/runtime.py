@@ -1,0 +1,173 @@
+"""The machine: device, precision, threads, processes, memory allocator, signals.
+
+    machine = start(TrainConfig(device="auto"))
+
+All side effects on the process live here (and in cli.py). It knows no model and no data.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import platform
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from glassgpt.config import TrainConfig
+from glassgpt.errors import UserError
+
+# Dense 16-bit matrix products per second, from the makers' data sheets; for MFU.
+_PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12,
+               "V100": 125e12, "T4": 65e12, "4090": 165e12, "3090": 71e12}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where one process of a training run computes."""
+
+    device: torch.device
+    dtype: torch.dtype  # of matrix products; weights are float32 always
+    rank: int = 0
+    world: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def peak_flops(self) -> float | None:
+        """Of all devices together; None where it is not known."""
+        if self.device.type != "cuda" or self.dtype == torch.float32:
+            return None
+        name = torch.cuda.get_device_name(self.device)
+        return next((f * self.world for key, f in _PEAK_FLOPS.items() if key in name), None)
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        if self.dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+    def sum(self, *values: float) -> list[float]:
+        """Each value added up over all processes."""
+        if self.world == 1:
+            return list(values)
+        precise = torch.float64 if self.device.type != "mps" else torch.float32
+        tensor = torch.tensor(values, dtype=precise, device=self.device)
+        dist.all_reduce(tensor)
+        return tensor.tolist()
+
+    def barrier(self) -> None:
+        if self.world > 1:
+            dist.barrier()
+
+
+def start(config: TrainConfig) -> Machine:
+    """Choose device and precision, set threads, join the other processes of a torchrun.
+
+    Raises `UserError` when the device asked for is not there.
+    """
+    device = torch.device(choose_device(config.device))
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if device.type == "cpu":
+        keep_freed_memory()
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    elif device.type == "cpu" and world == 1:
+        torch.set_num_threads(usable_cores())
+    if world > 1:
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        if not dist.is_initialized():
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TensorFloat-32 where a product stays float32
+    return Machine(device, choose_dtype(config.dtype, device), rank, world)
+
+
+def stop() -> None:
+    """Leave the group of processes, if `start` joined one."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def choose_device(name: str) -> str:
+    there = {"cpu": True, "cuda": torch.cuda.is_available(),
+             "mps": torch.backends.mps.is_available()}  # fmt: skip
+    if name == "auto":
+        return next(device for device in ("cuda", "mps", "cpu") if there[device])
+    if not there[name]:
+        raise UserError(f"device={name}: torch finds none on this machine; use --device auto")
+    return name
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """auto: bfloat16 where the GPU has it, float16 where not, float32 elsewhere."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+
+
+def usable_cores() -> int:
+    """Cores this process may use, which in a container is less than the machine has."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to keep large freed blocks instead of returning them to the kernel.
+
+    A training step frees and asks for the same megabytes again and again; by default each goes
+    through mmap, and the kernel zeroes every page anew. Measured in docs/LOG.md.
+    """
+    if platform.system() != "Linux":
+        return
+    with contextlib.suppress(OSError, AttributeError):  # musl has no mallopt
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        m_trim_threshold, m_mmap_threshold = -1, -3
+        mallopt(m_mmap_threshold, 1 << 30)
+        mallopt(m_trim_threshold, (1 << 31) - 1)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """torch says it in three ways, depending on the device."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and (
+        "out of memory" in text or "can't allocate memory" in text
+    )
+
+
+class StopRequest:
+    """Set by the first Ctrl-C or SIGTERM; a second one ends the process at once."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def _handle(self, signum: int, frame: object) -> None:
+        self.requested = True
+        signal.signal(signum, self._before[signum])
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[StopRequest]:
+        """Only the main thread can listen; elsewhere (a notebook's worker) nothing changes."""
+        self._before = {}
+        try:
+            for signum in (signal.SIGINT, signal.SIGTERM):
+                self._before[signum] = signal.signal(signum, self._handle)
+        except ValueError:
+            pass
+        try:
+            yield self
+        finally:
+            for signum, handler in self._before.items():
+                signal.signal(signum, handler)

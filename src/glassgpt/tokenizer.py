@@ -1,0 +1,345 @@
+"""Text to token ids and back: characters, bytes, and byte-level BPE (GPT-2's, or learned here).
+
+    tok = CharTokenizer.from_characters("hello"); tok.decode(tok.encode("hole"))
+
+Every tokenizer *is* a Hugging Face `tokenizer.json` (its `spec`); the classes add a faster way
+to encode the same ids. This room knows nothing of models, data folders or downloads.
+"""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+import json
+import unicodedata
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from glassgpt.errors import UserError, explain_os_errors
+
+END_OF_TEXT = "<|endoftext|>"
+UNKNOWN = "<unk>"
+# How GPT-2 cuts text before merging: contractions, words, numbers and punctuation each with the
+# space before them, and white space. Possessive quantifiers are for speed; the cuts are the same.
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+
+
+class Tokenizer(Protocol):
+    """What the rest of the package may ask of any tokenizer."""
+
+    spec: dict[str, Any]  # the content of tokenizer.json
+
+    @property
+    def kind(self) -> str: ...  # "char", "byte" or "bpe"
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def end_of_text(self) -> int | None: ...  # id of the document separator, where there is one
+    def encode(self, text: str, *, special: bool = False) -> list[int]: ...
+    def encode_array(self, text: str) -> np.ndarray: ...  # (n,) uint32; releases the GIL
+    def decode(self, tokens: Iterable[int]) -> str: ...
+    def token_bytes(self, token: int) -> bytes: ...
+    def unknown(self, text: str) -> list[str]: ...  # characters it has no id for
+
+
+class _Spec:
+    """What the two kinds share: identity and equality come from the spec alone."""
+
+    def __init__(self, spec: dict[str, Any]) -> None:
+        self.spec = spec
+
+    @cached_property
+    def _bytes_of(self) -> list[bytes]:
+        raise AssertionError("each kind says how ids become bytes")
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self._bytes_of)
+
+    def token_bytes(self, token: int) -> bytes:
+        return self._bytes_of[token]
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        """The text; bytes that are no valid UTF-8 (half a character) become U+FFFD."""
+        return b"".join(self._bytes_of[int(t)] for t in tokens).decode("utf-8", "replace")
+
+
+class CharTokenizer(_Spec):
+    """One id per character of the training text, in sorted order; the last id is `<unk>`.
+
+    As tokenizer.json: a WordLevel model over single characters.
+    """
+
+    kind = "char"
+    end_of_text = None
+
+    @classmethod
+    def from_characters(cls, characters: Iterable[str]) -> CharTokenizer:
+        vocab = {char: i for i, char in enumerate(sorted(set(characters)))}
+        model = {"type": "WordLevel", "vocab": {**vocab, UNKNOWN: len(vocab)}, "unk_token": UNKNOWN}
+        split = {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated",
+                 "invert": False}  # fmt: skip
+        return cls(_tokenizer_json(model, split, {"type": "Fuse"}))
+
+    @cached_property
+    def _bytes_of(self) -> list[bytes]:
+        vocab = self.spec["model"]["vocab"]
+        return [token.encode("utf-8", "replace") for token in sorted(vocab, key=vocab.__getitem__)]
+
+    @cached_property
+    def _table(self) -> np.ndarray:
+        """Code point -> id; 4.4 MB, so that encoding is one NumPy look-up."""
+        vocab = self.spec["model"]["vocab"]
+        table = np.full(0x110000, vocab[UNKNOWN], dtype=np.uint32)
+        for char, i in vocab.items():
+            if len(char) == 1:
+                table[ord(char)] = i
+        return table
+
+    def encode_array(self, text: str) -> np.ndarray:
+        points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
+        return self._table[points]
+
+    def encode(self, text: str, *, special: bool = False) -> list[int]:
+        return self.encode_array(text).tolist()
+
+    def unknown(self, text: str) -> list[str]:
+        vocab = self.spec["model"]["vocab"]
+        return [char for char in dict.fromkeys(text) if char not in vocab]
+
+
+class BPETokenizer(_Spec):
+    """Byte-level byte-pair encoding; with no merges at all it is the byte tokenizer.
+
+    Reads tokenizer.json as GPT-2, Llama 3 and Qwen have it; encodes with tiktoken. tiktoken
+    merges the pair whose *result* has the lowest id, Hugging Face the pair that stands first in
+    the list: the same thing when ids grow along the list, which is checked.
+    """
+
+    def __init__(self, spec: dict[str, Any]) -> None:
+        super().__init__(spec)
+        self._special = {t["content"]: t["id"] for t in spec.get("added_tokens") or []}
+        self._pattern = _bpe_pattern(spec)
+        normalizer = spec.get("normalizer")
+        if normalizer not in (None, {"type": "NFC"}):
+            raise UserError(f"tokenizer.json: normalizer {normalizer.get('type')} is not supported")
+        self._nfc = normalizer is not None
+        vocab = spec["model"]["vocab"]
+        merges = [_pair(merge) for merge in spec["model"]["merges"]]
+        ids = [vocab[first + second] for first, second in merges]
+        if any(a > b for a, b in zip(ids, ids[1:], strict=False)):
+            raise UserError("tokenizer.json: its merges are not in the order of their ids")
+
+    @property
+    def kind(self) -> str:
+        return "bpe" if self.spec["model"]["merges"] else "byte"
+
+    @property
+    def end_of_text(self) -> int | None:
+        return self._special.get(END_OF_TEXT)
+
+    @cached_property
+    def _bytes_of(self) -> list[bytes]:
+        alphabet = {char: byte for byte, char in enumerate(byte_alphabet())}
+        tokens = {
+            i: bytes(alphabet[char] for char in token)
+            for token, i in self.spec["model"]["vocab"].items()
+            if token not in self._special
+        }
+        tokens |= {i: token.encode() for token, i in self._special.items()}
+        return [tokens.get(i, b"") for i in range(max(tokens) + 1)]
+
+    @cached_property
+    def _encoding(self):
+        import tiktoken
+
+        ranks = {
+            self._bytes_of[i]: i
+            for token, i in self.spec["model"]["vocab"].items()
+            if token not in self._special
+        }
+        return tiktoken.Encoding(
+            "glassgpt", pat_str=self._pattern, mergeable_ranks=ranks, special_tokens=self._special
+        )
+
+    def encode_array(self, text: str) -> np.ndarray:
+        text = unicodedata.normalize("NFC", text) if self._nfc else text
+        if self.kind == "byte":
+            return np.frombuffer(text.encode("utf-8", "replace"), dtype=np.uint8).astype(np.uint32)
+        return self._encoding.encode_to_numpy(text, disallowed_special=())
+
+    def encode(self, text: str, *, special: bool = False) -> list[int]:
+        """`special=True` reads "<|endoftext|>" in the text as the one token, as prompts want."""
+        if not special:
+            return self.encode_array(text).tolist()
+        text = unicodedata.normalize("NFC", text) if self._nfc else text
+        return self._encoding.encode(text, allowed_special="all")
+
+    def unknown(self, text: str) -> list[str]:
+        return []  # any text is bytes
+
+
+# -- building specs ------------------------------------------------------------------------------
+
+
+def byte_tokenizer() -> BPETokenizer:
+    """256 bytes and `<|endoftext|>`: id and byte value are the same number."""
+    vocab = {char: byte for byte, char in enumerate(byte_alphabet())}
+    return _byte_level(vocab, [], use_regex=False)
+
+
+def gpt2_tokenizer(encoder_json: bytes, vocab_bpe: bytes) -> BPETokenizer:
+    """OpenAI's 50,257 tokens, from the two files of the GPT-2 release."""
+    vocab = json.loads(encoder_json)
+    vocab.pop(END_OF_TEXT)
+    lines = vocab_bpe.decode("utf-8").split("\n")[1:]  # the first line is a version
+    return _byte_level(vocab, [line.split(" ") for line in lines if line], use_regex=True)
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
+    """Byte-level BPE learned from `texts`: 256 bytes, then merges, `<|endoftext|>` last.
+
+    Small texts may run out of pairs: then the vocabulary is smaller than asked for.
+    """
+    if vocab_size < 258:
+        raise UserError(f"bpe:{vocab_size}: at least 258 (256 bytes, a merge, {END_OF_TEXT})")
+    from tokenizers import Tokenizer as Trainee
+    from tokenizers import models, pre_tokenizers, trainers
+
+    trainee = Trainee(models.BPE())
+    trainee.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore
+    trainer = trainers.BpeTrainer(  # type: ignore[call-arg]
+        vocab_size=vocab_size - 1,
+        min_frequency=2,
+        initial_alphabet=sorted(byte_alphabet()),
+        show_progress=False,
+    )
+    trainee.train_from_iterator(texts, trainer)
+    model = json.loads(trainee.to_str())["model"]
+    return _byte_level(model["vocab"], [_pair(m) for m in model["merges"]], use_regex=True)
+
+
+def _byte_level(vocab: dict[str, int], merges: list, *, use_regex: bool) -> BPETokenizer:
+    end = len(vocab)
+    model = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+             "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
+             "ignore_merges": False, "vocab": {**vocab, END_OF_TEXT: end},
+             "merges": [list(merge) for merge in merges]}  # fmt: skip
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
+             "use_regex": use_regex}  # fmt: skip
+    added = {"id": end, "content": END_OF_TEXT, "single_word": False, "lstrip": False,
+             "rstrip": False, "normalized": False, "special": True}  # fmt: skip
+    return BPETokenizer(_tokenizer_json(model, level, level, [added]))
+
+
+def _tokenizer_json(model: dict, pre: dict, decoder: dict, added: Sequence[dict] = ()) -> dict:
+    return {"version": "1.0", "truncation": None, "padding": None, "added_tokens": list(added),
+            "normalizer": None, "pre_tokenizer": pre, "post_processor": None, "decoder": decoder,
+            "model": model}  # fmt: skip
+
+
+def byte_alphabet() -> list[str]:
+    """The printable stand-in for each byte value, as GPT-2's vocabulary files write them.
+
+    Printable Latin-1 stands for itself; the other 68 bytes are moved to U+0100 and up.
+    """
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    moved = iter(range(256, 512))
+    return [chr(byte if byte in printable else next(moved)) for byte in range(256)]
+
+
+def _pair(merge: str | list[str]) -> tuple[str, str]:
+    """Merges stand as "a b" in older files, as ["a", "b"] in newer ones."""
+    first, second = merge.split(" ") if isinstance(merge, str) else merge
+    return first, second
+
+
+def _bpe_pattern(spec: dict) -> str:
+    """The splitting pattern of a byte-level BPE spec; raises `UserError` for any other kind."""
+    steps = spec.get("pre_tokenizer") or {}
+    steps = steps.get("pretokenizers", [steps])
+    pattern = None
+    for step in steps:
+        if step.get("type") == "Split" and step.get("behavior") == "Isolated":
+            pattern = step["pattern"].get("Regex")
+        elif step.get("type") == "ByteLevel" and not step.get("add_prefix_space"):
+            return pattern or (GPT2_PATTERN if step.get("use_regex", True) else r"[\s\S]+")
+    raise UserError("tokenizer.json: only byte-level BPE (GPT-2, Llama 3, Qwen) can be read")
+
+
+# -- files ---------------------------------------------------------------------------------------
+
+
+def from_spec(spec: dict[str, Any]) -> Tokenizer:
+    """The tokenizer that a parsed tokenizer.json describes."""
+    kind = (spec.get("model") or {}).get("type")
+    try:
+        if kind == "WordLevel":
+            tokenizer = CharTokenizer(spec)
+            tokenizer._table  # noqa: B018  (a damaged vocabulary shows here, not mid-training)
+            return tokenizer
+        if kind == "BPE":
+            return BPETokenizer(spec)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"tokenizer.json is damaged: {error!r}") from error
+    raise UserError(f"tokenizer.json: a {kind} tokenizer can't be read; BPE and char can")
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """From a tokenizer.json, or a folder that holds one."""
+    path = Path(path)
+    path = path / "tokenizer.json" if path.is_dir() else path
+    with explain_os_errors(f"read the tokenizer {path}"):
+        raw = path.read_bytes()
+    try:
+        spec = json.loads(raw)
+        return from_spec(spec)
+    except ValueError as error:  # not JSON, not UTF-8, or one of our own errors
+        raise UserError(f"{path}: {error}") from error
+
+
+def to_files(tokenizer: Tokenizer, context_length: int | None = None) -> dict[str, bytes]:
+    """File name -> content, for `transformers.AutoTokenizer`."""
+    config: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+    }
+    if context_length is not None:
+        config["model_max_length"] = context_length
+    if tokenizer.end_of_text is not None:
+        config |= {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT}
+    return {
+        "tokenizer.json": json.dumps(tokenizer.spec, ensure_ascii=False, indent=1).encode("utf-8"),
+        "tokenizer_config.json": (json.dumps(config, indent=2) + "\n").encode("utf-8"),
+    }
+
+
+def fingerprint(tokenizer: Tokenizer) -> str:
+    """Equal for tokenizers that give equal ids; stored with data and runs."""
+    text = json.dumps(tokenizer.spec, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+class IncrementalDecoder:
+    """Turns a stream of ids into text as soon as whole characters are there.
+
+    >>> tok = byte_tokenizer(); decoder = IncrementalDecoder(tok)
+    >>> [decoder.push(token) for token in tok.encode("é")], decoder.flush()
+    (['', 'é'], '')
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._bytes = tokenizer.token_bytes
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token: int) -> str:
+        """The text that this token completes; "" while a character is unfinished."""
+        return self._utf8.decode(self._bytes(token))
+
+    def flush(self) -> str:
+        """What is left at the end: U+FFFD for a character that never was finished."""
+        return self._utf8.decode(b"", final=True)

@@ -1,0 +1,241 @@
+"""The verbs: each a signature that teaches, and one call into the library.
+
+Their options are the fields of the dataclasses in config.py. Loaded when a verb is used, so that
+`glassgpt --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any, TypedDict, get_type_hints
+
+from cyclopts import Group, Parameter
+
+from glassgpt.config import (
+    DataConfig,
+    ModelConfig,
+    Sampling,
+    TrainConfig,
+    names_of,
+    option_types,
+)
+
+
+def _options(name: str, hints: dict[str, Any], groups: dict[str, Group] | None = None) -> Any:
+    """A TypedDict of cyclopts parameters: it will hold the options that were really given."""
+    fields = {}
+    for key, hint in hints.items():
+        group = {"group": groups[key]} if groups and key in groups else {}
+        about = Parameter(help=hint.__metadata__[0], negative_iterable=(), **group)
+        fields[key] = Annotated[hint.__origin__, about]
+    return TypedDict(name, fields, total=False)  # type: ignore[operator]
+
+
+def _hints(cls: type) -> dict[str, Any]:
+    """Field -> annotation, with the default value added to the help text."""
+    hints = get_type_hints(cls, include_extras=True)
+    for name, field in cls.__dataclass_fields__.items():  # type: ignore[attr-defined]
+        default = field.default
+        if default in (None, ()) or not isinstance(default, (int, float, str)):
+            continue
+        shown = ("on" if default else "off") if isinstance(default, bool) else default
+        text = f"{hints[name].__metadata__[0]} [{shown}]"
+        hints[name] = Annotated[hints[name].__origin__, text]
+    return {name: hints[name] for name in cls.__dataclass_fields__}  # type: ignore[attr-defined]
+
+
+_MODEL = Group("Model", sort_key=1)
+_DATA = Group("Data", sort_key=2)
+_groups = dict.fromkeys([*names_of(ModelConfig), "shape"], _MODEL)
+_groups |= dict.fromkeys(names_of(DataConfig), _DATA)
+_train_hints = option_types() | _hints(TrainConfig) | _hints(DataConfig)
+del _train_hints["data"]
+
+TrainOptions = _options("TrainOptions", _train_hints, _groups)
+PrepareOptions = _options("PrepareOptions", _hints(DataConfig))
+SampleOptions = _options("SampleOptions", _hints(Sampling))
+
+
+# -- verbs ---------------------------------------------------------------------------------------
+
+
+def demo(*, out: str | None = None) -> None:
+    """Train a small GPT on real text for about a minute and see what it has learned.
+
+    Uses Shakespeare if it can be had within seconds, otherwise the reference manual that every
+    Python carries: no network is needed. Prints samples before and after, and what to try next.
+
+    Parameters
+    ----------
+    out:
+        Run directory [runs/demo, runs/demo-2, ...].
+    """
+    from glassgpt.demo import demo as run
+    from glassgpt.runlog import Terminal
+
+    run(Terminal(), out)
+
+
+def prepare(
+    sources: Annotated[list[str], Parameter(negative_iterable=())],
+    /,
+    *,
+    out: str,
+    workers: int | None = None,
+    overwrite: bool = False,
+    options: Annotated[PrepareOptions, Parameter(name="*")] = {},  # noqa: B006
+) -> None:
+    """Turn text into token files that training can map into memory, however large.
+
+    SOURCES are files, folders, globs or named corpora: shakespeare, wizard-of-oz,
+    sales-textbook, tinystories, openwebtext, fineweb-edu, python-manual. Text, jsonl, csv, tsv
+    and parquet are read, also inside gz, xz, bz2, zst, zip, tar and 7z, nested at will.
+
+    For small texts this step is optional: `glassgpt train book.txt` does it by itself.
+
+    Examples:
+
+    glassgpt prepare book.txt --out data/book
+
+    glassgpt prepare corpus/ more.jsonl.gz --text-field body --tokenizer bpe:8192 --out data/mine
+
+    glassgpt prepare openwebtext --tokenizer gpt2 --val-fraction 0.0005 --out data/owt
+
+    Parameters
+    ----------
+    sources:
+        Files, folders, globs or corpora.
+    out:
+        Folder to write.
+    workers:
+        Threads that tokenize [all cores].
+    overwrite:
+        Replace OUT if it exists.
+    """
+    from glassgpt.data.prepare import prepare as run
+    from glassgpt.data.report import describe
+    from glassgpt.runlog import ByteProgress, Terminal
+
+    terminal = Terminal()
+    try:
+        report = run(sources, out, DataConfig(**options), workers=workers, overwrite=overwrite,
+                     progress=ByteProgress(terminal))  # fmt: skip
+    finally:
+        terminal.close()
+    print(describe(report, out))
+
+
+def train(
+    data: Annotated[list[str] | None, Parameter(negative_iterable=())] = None,
+    /,
+    *,
+    preset: str | None = None,
+    config: str | None = None,
+    resume: str | None = None,
+    overwrite: bool = False,
+    options: Annotated[TrainOptions, Parameter(name="*")] = {},  # noqa: B006
+) -> None:
+    """Train a GPT on text and keep it as a run directory that other tools load as it is.
+
+    DATA is a text file, a folder, a corpus (`shakespeare`), or a folder made by `prepare`.
+    Ctrl-C stops after the step, saves, and says how to go on. Every option can also stand in a
+    TOML file; precedence: defaults < --preset < --config < command line.
+
+    Examples:
+
+    glassgpt train book.txt
+
+    glassgpt train book.txt --tokenizer bpe:2048 --n-layer 6 --n-embd 256 --max-steps 5000
+
+    glassgpt train --preset shakespeare-char
+
+    glassgpt train --resume runs/book
+
+    torchrun --nproc-per-node 8 -m glassgpt train data/owt --preset gpt2-124m
+
+    Parameters
+    ----------
+    data:
+        What to train on.
+    preset:
+        A packaged recipe: bigram, gpt2-124m, shakespeare-char, shakespeare-cpu, textbook-bpe,
+        tinystories-char.
+    config:
+        TOML file with options.
+    resume:
+        Run directory to continue; its options hold unless given anew.
+    overwrite:
+        Replace the run directory if it exists.
+    """
+    from glassgpt.runlog import Progress, Terminal
+    from glassgpt.train import train as run
+
+    main_process = int(os.environ.get("RANK", 0)) == 0
+    terminal = Terminal() if main_process else Progress()
+    try:
+        result = run(data, preset=preset, config=config, resume=resume, overwrite=overwrite,
+                     progress=terminal, **options)  # fmt: skip
+    finally:
+        terminal.close()
+    if main_process and result.finished:
+        terminal.say(
+            f"best val loss {result.best_val_loss:.4f} (at the start {result.first_val_loss:.4f})"
+            f" · loss curve: {result.run / 'loss.png'}"
+        )
+        terminal.say(f'next: glassgpt sample {result.run} --prompt "Once upon a time"')
+
+
+def sample(
+    run: str,
+    /,
+    *,
+    prompt: str = "",
+    completion_only: bool = False,
+    device: str = "auto",
+    options: Annotated[SampleOptions, Parameter(name="*")] = {},  # noqa: B006
+) -> None:
+    """Let a trained model continue a prompt; prints the prompt and what follows.
+
+    RUN is a run directory, or any folder with a GPT-2, Llama or Qwen3 checkpoint. The text
+    appears as it is drawn. How it ended (length, stop, end_of_text) goes to stderr.
+
+    Examples:
+
+    glassgpt sample runs/book --prompt "Once upon a time"
+
+    glassgpt sample runs/book --prompt @opening.txt --temperature 0.7 --top-k 50 --num-samples 3
+
+    echo -n "To be" | glassgpt sample runs/book --prompt - --temperature 0 --completion-only
+
+    Parameters
+    ----------
+    run:
+        Run directory.
+    prompt:
+        Text to continue; @FILE reads a file, - standard input.
+    completion_only:
+        Print what was generated without the prompt.
+    device:
+        Where to compute: auto, cpu, cuda, mps.
+    """
+    import glassgpt
+    from glassgpt.api import print_samples
+
+    model = glassgpt.load(run)
+    model.device = device
+    how = Sampling(**options)
+    print_samples(model, read_prompt(prompt), how, show_prompt=not completion_only)
+
+
+def read_prompt(prompt: str) -> str:
+    """TEXT, @FILE or - for standard input."""
+    if prompt == "-":
+        return sys.stdin.buffer.read().decode("utf-8", "replace")
+    if prompt.startswith("@") and len(prompt) > 1:
+        from glassgpt.errors import explain_os_errors
+
+        with explain_os_errors(f"read the prompt {prompt[1:]}"):
+            return Path(prompt[1:]).read_bytes().decode("utf-8", "replace")
+    return prompt
