@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from glassgpt.train import TrainResult
 
 
-
 def load(path: str) -> LoadedModel:
     """A trained model from its run directory. See `glassgpt.api.LoadedModel`."""
     from glassgpt.api import LoadedModel

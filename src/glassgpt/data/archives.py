@@ -72,7 +72,7 @@ def blame(name: str) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
             raise
-        why = str(error) or type(error).__name__
+        why = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{name} is damaged or cut short ({why}); fetch it again") from error
 
 
@@ -103,7 +103,7 @@ def _unpacking(name: str) -> AbstractContextManager[None]:
 
 
 class _Unpacked(io.RawIOBase):
-    """A stream out of an archive: fills the buffers it is given, and puts damage into words."""
+    """A stream out of an archive, which puts damage into words."""
 
     def __init__(self, stream: Any, name: str) -> None:
         self._stream, self._name = stream, name
@@ -112,11 +112,8 @@ class _Unpacked(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        filled = 0
-        with blame(self._name):  # unpackers may give less than asked for long before their end
-            while n := self._stream.readinto(memoryview(buffer)[filled:]):
-                filled += n
-        return filled
+        with blame(self._name):
+            return self._stream.readinto(buffer)
 
 
 def _buffered(stream: Any, name: str) -> io.BufferedReader:

@@ -146,6 +146,7 @@ class _Download:
                 wrong = f"the file there has {total} bytes where {self.size} are right"
                 raise _FetchError(wrong, final=True)
             have = start  # 0 from a server that knows no Range
+            total = self.size if total is None else total
             with open(self.partial, "ab" if have else "wb") as file:
                 for block in _blocks(response):
                     file.write(block)
@@ -175,6 +176,7 @@ def _open(url: str, start: int, stop: int | None, timeout: float) -> HTTPRespons
     try:
         return urlopen(Request(url, headers=headers), timeout=timeout)
     except HTTPError as error:
+        error.close()
         answer = f"the server answered {error.code} {error.reason}"
         raise _FetchError(answer, final=error.code not in _BUSY, status=error.code) from error
     except (ConnectionResetError, HTTPException) as error:  # cut before the first byte

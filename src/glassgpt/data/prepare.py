@@ -272,8 +272,9 @@ class _Preparation:
         """Count documents (up to `_MANY`) and characters, and decide how to split."""
         documents = characters = 0
         for piece in self._pieces("looking through the text", self.inputs):
-            documents += piece.starts_document
-            characters += len(piece.text)
+            if not piece.text.isspace():
+                documents += piece.starts_document
+                characters += len(piece.text)
             if documents > _MANY:
                 return _Split(fraction=self.config.val_fraction)
         if characters == 0:
@@ -295,7 +296,7 @@ class _Preparation:
                 text = piece.text
                 # A document of blanks teaches nothing. (A piece this short is never the
                 # beginning of a longer document.)
-                if piece.starts_document and len(text) < 1000 and not text.strip():
+                if piece.starts_document and len(text) < 1000 and text.isspace():
                     self.report.too_short += 1
                     continue
                 if piece.starts_document:

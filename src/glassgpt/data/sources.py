@@ -70,7 +70,7 @@ def resolve(names: Sequence[str], *, progress: Progress | None = None) -> list[S
         for source in _expand(name, progress):
             file = source.file
             key = os.path.realpath(file) if isinstance(file, Path) else file.url
-            if key not in found or source.named:
+            if key not in found or (source.named and not found[key].named):
                 found[key] = source
     return list(found.values())
 
@@ -79,7 +79,7 @@ def _expand(name: str, progress: Progress | None) -> list[Source]:
     path = Path(name).expanduser()
     with explain_os_errors(f"read {name}"):
         if name and path.is_dir():
-            return _in_folder(name, path)
+            return _worth_reading(name, _in_folder(name))
         if name and path.exists():
             if not path.is_file():
                 raise UserError(f"{name} is not a file on disk; save what it gives to a file first")
@@ -89,7 +89,7 @@ def _expand(name: str, progress: Progress | None) -> list[Source]:
         if name in CORPORA:
             return [Source(f"{name}/{file.name}", file) for file in fetch(name, progress)]
         if glob.has_magic(name):
-            return _matching(name, path)
+            return _worth_reading(name, _matching(name))
         parent = path.parent
         entries = islice(parent.iterdir(), 1000) if parent.is_dir() else ()
         beside = [name.removesuffix(path.name) + entry.name for entry in entries]
@@ -100,32 +100,34 @@ def _expand(name: str, progress: Progress | None) -> list[Source]:
     )
 
 
-def _in_folder(name: str, folder: Path) -> list[Source]:
+def _worth_reading(name: str, found: list[Source]) -> list[Source]:
+    if total_bytes(found) == 0:
+        raise UserError(f"{name}: there is nothing to read; check the name and what is there")
+    return found
+
+
+def _in_folder(name: str) -> list[Source]:
     def refuse(error: OSError) -> None:
         raise error  # os.walk would leave out a folder it may not read, without a word
 
-    paths = []
+    folder, paths = os.path.expanduser(name), []
     for parent, folders, files in os.walk(folder, onerror=refuse):
         folders[:] = [entry for entry in folders if not is_hidden(entry)]
         paths += [os.path.join(parent, entry) for entry in files if not is_hidden(entry)]
-    sizes = {path: os.path.getsize(path) for path in sorted(paths) if os.path.isfile(path)}
-    if not any(sizes.values()):
-        raise UserError(f"{name} is a folder with nothing to read in it")
     return [
         Source(os.path.join(name, os.path.relpath(path, folder)), Path(path), named=False)
-        for path in sizes
+        for path in sorted(paths)
+        if os.path.isfile(path)  # not a pipe, nor a link to nothing
     ]
 
 
-def _matching(name: str, pattern: Path) -> list[Source]:
+def _matching(pattern: str) -> list[Source]:
     found = []
-    for match in sorted(glob.glob(str(pattern), recursive=True)):
-        if os.path.isfile(match):
+    for match in sorted(glob.glob(os.path.expanduser(pattern), recursive=True)):
+        if os.path.isdir(match):  # as if the shell had expanded the glob
+            found += _in_folder(match)
+        elif os.path.isfile(match):
             found.append(Source(match, Path(match), named=False))
-        elif os.path.isdir(match) and "**" not in name:  # as if the shell had expanded the glob
-            found += _in_folder(match, Path(match))
-    if not found:
-        raise UserError(f"nothing matches {name!r}; check the name and the folder")
     return found
 
 

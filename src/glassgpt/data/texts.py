@@ -98,9 +98,9 @@ def split_documents(blocks: Iterable[str], piece_chars: int) -> Iterator[Piece]:
 
 def cut_document(text: str, piece_chars: int, starts: bool = True) -> list[Piece]:
     """One document, or with `starts` False the rest of one, in pieces; none if it is empty."""
-    if not text:
-        return []
-    first, *others = _cut(text, piece_chars) if len(text) > piece_chars else (text,)
+    if len(text) <= piece_chars:  # by far the most
+        return [Piece(text, starts)] if text else []
+    first, *others = _cut(text, piece_chars)
     return [Piece(first, starts), *(Piece(other, False) for other in others if other)]
 
 

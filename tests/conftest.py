@@ -1,0 +1,77 @@
+"""What all tests share: no network, a cache of their own, one torch thread, and tiny models."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from hypothesis import settings
+
+from glassgpt.config import ModelConfig
+
+if TYPE_CHECKING:
+    from glassgpt.model import GPT
+
+# Tiny models gain nothing from more threads, and the workers of xdist would fight for the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# The standard run gives the same verdict every time; HYPOTHESIS_PROFILE=explore looks for more.
+settings.register_profile("standard", deadline=None, derandomize=True)
+settings.register_profile("explore", deadline=None, max_examples=1000)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "standard"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def offline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Nothing from the user's cache, nothing from the net (port 9 refuses), also in children."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GLASSGPT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("GLASSGPT_MIRROR", "http://127.0.0.1:9")
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        yield
+
+
+@pytest.fixture(autouse=True)
+def one_torch_thread() -> None:
+    """A test that trained before this one may have asked torch for all cores."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
+
+
+def tiny_config(shape: str = "modern", **fields: Any) -> ModelConfig:
+    """A config in which every dimension has another size, so that no two can be mixed up."""
+    sizes: dict[str, dict[str, int]] = {
+        "gpt2": dict(n_head=3, n_embd=15, n_hidden=26),
+        "modern": dict(n_head=6, n_kv_head=3, n_embd=20, head_dim=4, n_hidden=28),
+    }
+    common = dict(vocab_size=37, context_length=13, n_layer=2)
+    return ModelConfig.from_shape(shape, **{**common, **sizes[shape], **fields})  # type: ignore
+
+
+def tiny_model(config: ModelConfig, seed: int = 0) -> GPT:
+    """In evaluation mode, with every parameter (norms and biases too) random, about 0.2.
+
+    The initial weights of a real model are so small that its blocks hardly matter; here a
+    mistake anywhere moves the logits.
+    """
+    import torch
+
+    from glassgpt.model import GPT
+
+    model = GPT(config).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.2
+            centre = 1.0 if "norm" in name and name.endswith("weight") else 0.0
+            parameter.copy_(centre + noise)
+    return model
+
+
+def weights_of(model: GPT) -> dict[str, Any]:
+    """The model's weights as NumPy arrays, under the names that config.weight_shapes lists."""
+    state = model.state_dict()
+    return {name: state[name].numpy().copy() for name in model.config.weight_shapes}

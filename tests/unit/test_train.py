@@ -1,0 +1,250 @@
+"""The training loop: same numbers however the work is cut, interrupted or resumed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from glassgpt import checkpoint, runtime
+from glassgpt.config import ModelConfig, TrainConfig
+from glassgpt.data.batches import load_data
+from glassgpt.data.prepare import prepare
+from glassgpt.errors import UserError
+from glassgpt.model import GPT
+from glassgpt.runlog import Progress, read_metrics
+from glassgpt.train import train
+from glassgpt.trainer import Trainer
+from glassgpt.workers import Workers, useful_workers
+
+TINY = dict(n_layer=2, n_head=2, n_embd=12, context_length=11, batch_tokens=66, max_steps=12,
+            eval_interval=4, log_interval=1, sample_tokens=5, warmup_steps=2,
+            learning_rate=1e-2)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> str:
+    words = "the quick brown fox jumps over a lazy dog and runs away from two big bears".split()
+    generator = np.random.default_rng(5)
+    path = tmp_path_factory.mktemp("text") / "words.txt"
+    path.write_text(" ".join(generator.choice(words, 800)))
+    return str(path)
+
+
+def losses(run: Path, key: str = "train_loss") -> list[tuple[int, float]]:
+    rows = read_metrics(run / "metrics.jsonl")
+    return [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+
+
+def make_trainer(text: str, run: Path, **options) -> Trainer:
+    """A trainer without the loop: for looking at one step."""
+    from glassgpt.config import DataConfig
+
+    prepare([text], run / "data", DataConfig())
+    data = load_data(run / "data")
+    model = {name: TINY[name] for name in ("n_layer", "n_head", "n_embd", "context_length")}
+    config = ModelConfig.from_shape("modern", vocab_size=data.tokenizer.vocab_size, **model)
+    train_config = TrainConfig(**{"batch_tokens": 66, "device": "cpu", **options})
+    return Trainer(run / "run", config, train_config, data, runtime.start(train_config),
+                   Progress(), {})  # fmt: skip
+
+
+def gradients(trainer: Trainer) -> dict[str, torch.Tensor]:
+    trainer._gradients()
+    return {name: p.grad.clone() for name, p in trainer.model.named_parameters()}
+
+
+def assert_close(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    for name, gradient in a.items():
+        torch.testing.assert_close(gradient, b[name], rtol=1e-4, atol=1e-7, msg=name)
+
+
+def test_accumulation_is_the_big_batch(text, tmp_path):
+    whole = gradients(make_trainer(text, tmp_path / "a", threads=1))
+    parts = gradients(make_trainer(text, tmp_path / "b", threads=1, micro_batch_size=4))  # 4 + 2
+    assert_close(whole, parts)
+    assert all(gradient.abs().max() > 0 for gradient in whole.values())
+
+
+@pytest.mark.parametrize("threads", [2, 4])
+def test_rows_on_several_cores_are_the_rows_on_one(text, tmp_path, threads):
+    one = gradients(make_trainer(text, tmp_path / "a", threads=1))
+    trainer = make_trainer(text, tmp_path / "b", threads=threads, micro_batch_size=5)
+    assert len(trainer.workers.models) == threads
+    assert_close(one, gradients(trainer))
+    leftovers = [p.grad for m in trainer.workers.models[1:] for p in m.parameters()]
+    assert leftovers == [None] * len(leftovers)
+
+
+def test_workers_share_weights_not_gradients():
+    config = ModelConfig.from_shape("gpt2", vocab_size=7, n_layer=1, n_head=2, n_embd=6,
+                                    context_length=5)  # fmt: skip
+    model = GPT(config)
+    workers = Workers(model, 3)
+    with torch.no_grad():
+        model.token_embedding.weight.add_(1.0)
+    for other in workers.models:
+        assert other.token_embedding.weight.data_ptr() == model.token_embedding.weight.data_ptr()
+        assert other.head.weight.data_ptr() == model.token_embedding.weight.data_ptr()
+    assert useful_workers(16, 5, 1000) == 5
+    assert useful_workers(2, 12, 124_000_000) == 2
+    assert useful_workers(16, 64, 124_000_000) == 1
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_resumed_is_uninterrupted(text, tmp_path, dropout):
+    options = {**TINY, "dropout": dropout}
+    full = train(text, out=str(tmp_path / "full"), **options)
+    part = tmp_path / "part"
+    train(text, out=str(part), **{**options, "max_steps": 6, "decay_steps": 12})
+    resumed = train(resume=str(part), max_steps=12)
+    assert losses(full.run) == losses(part)
+    assert losses(full.run, "val_loss") == [p for p in losses(part, "val_loss") if p[0] != 6]
+    assert resumed.step == 12
+    a, b = (checkpoint.load_model(run / "checkpoints" / "last") for run in (full.run, part))
+    assert all(np.array_equal(a.weights[name], b.weights[name]) for name in a.weights)
+
+
+def test_a_signal_stops_after_the_step_and_resumes_bit_for_bit(text, tmp_path):
+    full = train(text, out=str(tmp_path / "full"), **{**TINY, "max_steps": 300})
+
+    class StopAt(Progress):
+        def status(self, text: str) -> None:
+            if text.startswith("step 57/"):
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    assert threading.current_thread() is threading.main_thread()
+    run = tmp_path / "stopped"
+    stopped = train(text, out=str(run), progress=StopAt(), **{**TINY, "max_steps": 300})
+    assert not stopped.finished
+    assert stopped.step == 57
+    train(resume=str(run))
+    assert losses(run) == losses(full.run)
+    assert losses(run, "val_loss") == losses(full.run, "val_loss")
+    assert (run / "samples.md").read_text() == (full.run / "samples.md").read_text()
+
+
+def test_same_seed_same_losses_other_seed_other_losses(text, tmp_path):
+    runs = [
+        train(text, out=str(tmp_path / name), **TINY, seed=seed).run
+        for name, seed in (("a", 1), ("b", 1), ("c", 2))
+    ]
+    a, b, c = map(losses, runs)
+    assert a == b
+    assert a != c
+
+
+def test_loss_falls_and_the_best_model_is_at_the_top(text, tmp_path):
+    result = train(text, out=str(tmp_path / "run"), **{**TINY, "max_steps": 200,
+                   "eval_interval": 50, "n_embd": 32})  # fmt: skip
+    assert result.best_val_loss < result.first_val_loss - 1.0
+    top = checkpoint.load_model(result.run)
+    assert top.info["best_val_loss"] == result.best_val_loss
+    assert min(loss for _, loss in losses(result.run, "val_loss")) == result.best_val_loss
+
+
+def test_evaluation_is_the_mean_over_every_token_of_the_split(text, tmp_path):
+    trainer = make_trainer(text, tmp_path, threads=2)
+    trainer.stop = runtime.StopRequest()
+    found = trainer.evaluate(trainer.data.val)
+    tokens = torch.from_numpy(trainer.data.val.read(0, len(trainer.data.val)))
+    total = 0.0
+    T = trainer.T
+    for start in range(0, len(tokens) - 1, T):  # by hand, window by window
+        x, y = tokens[start : start + T], tokens[start + 1 : start + T + 1]
+        logits = trainer.model.eval()(x[None, : len(y)])[0]
+        total += torch.nn.functional.cross_entropy(logits, y, reduction="sum").item()
+    assert found == pytest.approx(total / (len(tokens) - 1), abs=1e-5)
+
+
+def test_patience_stops_early(text, tmp_path):
+    options = {**TINY, "learning_rate": 1e-9, "max_steps": 400, "patience": 2, "weight_decay": 0.0,
+               "grad_clip": None}  # fmt: skip
+    messages: list[str] = []
+    progress = Progress()
+    progress.say = lambda text="": messages.append(text)  # type: ignore[method-assign]
+    # A learning rate of nothing: the loss can't improve by more than rounding.
+    result = train(text, out=str(tmp_path / "run"), progress=progress, **options)
+    assert result.finished
+    if result.step < 400:
+        assert any("stopped early" in message for message in messages)
+    evaluations = losses(result.run, "val_loss")
+    best = min(range(len(evaluations)), key=lambda i: evaluations[i][1])
+    assert len(evaluations) - 1 - best == 2
+
+
+def test_a_diverging_run_stops_and_keeps_the_last_good_checkpoint(text, tmp_path):
+    run = tmp_path / "run"
+    with pytest.raises(UserError, match="learning rate.*gradient norm.*keeps the last good"):
+        train(text, out=str(run), **{**TINY, "learning_rate": 1e30, "grad_clip": None,
+              "warmup_steps": 0, "max_steps": 200})  # fmt: skip
+    kept = checkpoint.load_model(run)
+    assert all(np.isfinite(weight).all() for weight in kept.weights.values())
+
+
+def test_out_of_memory_halves_the_micro_batch_and_keeps_the_step(text, tmp_path):
+    """The allocator's own error, raised where it would be; a real one is in tests/e2e."""
+    trainer = make_trainer(text, tmp_path, threads=1)
+    whole = gradients(make_trainer(text, tmp_path / "whole", threads=1))
+    real, said = trainer._loss, []
+    trainer.progress.say = lambda text="": said.append(text)  # type: ignore[method-assign]
+
+    def loss(model, tokens, targets):
+        if len(tokens) > 2:
+            raise torch.OutOfMemoryError("out of memory")
+        return real(model, tokens, targets)
+
+    trainer._loss = loss  # type: ignore[method-assign]
+    trainer._shrinking_to_memory(trainer._gradients)
+    assert trainer.micro_batch_size == 2
+    assert len(said) == 2  # 6 -> 3 -> 2
+    assert_close(whole, {n: p.grad for n, p in trainer.model.named_parameters()})
+    trainer._loss = lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("out of memory"))
+    with pytest.raises(UserError, match="smaller --micro-batch-size"):
+        trainer._shrinking_to_memory(trainer._gradients)
+
+
+def test_the_run_says_what_it_was(text, tmp_path):
+    result = train(text, out=str(tmp_path / "run"), **TINY, seed=3)
+    about = json.loads((result.run / "glassgpt.json").read_text())
+    assert about["train"]["seed"] == 3
+    assert ModelConfig(**about["model"]).n_embd == 12
+    assert set(dataclasses.asdict(TrainConfig())) == set(about["train"])
+    assert (result.run / "loss.png").stat().st_size > 1000
+    assert "## step 12" in (result.run / "samples.md").read_text()
+
+
+def test_clear_errors(text, tmp_path):
+    run = tmp_path / "run"
+    train(text, out=str(run), **TINY)
+    with pytest.raises(UserError, match="exists already.*--resume"):
+        train(text, out=str(run), **TINY)
+    with pytest.raises(UserError, match="finished at step 12.*--max-steps"):
+        train(resume=str(run))
+    with pytest.raises(UserError, match="too few for context_length=5000"):
+        train(text, out=str(tmp_path / "x"), **{**TINY, "context_length": 5000})
+    with pytest.raises(UserError, match="nothing to train on"):
+        train()
+    other = tmp_path / "other.txt"
+    other.write_text("something else entirely " * 50)
+    with pytest.raises(UserError, match="has changed"):
+        shorter = train(str(other), out=str(tmp_path / "y"), **{**TINY, "max_steps": 4})
+        other.write_text("and now it differs " * 50)
+        for item in Path(os.environ["GLASSGPT_CACHE"]).glob("data/*"):
+            import shutil
+
+            shutil.rmtree(item)
+        train(resume=str(shorter.run), max_steps=8)
+    keep = tmp_path / "notes"
+    keep.mkdir()
+    (keep / "precious.txt").write_text("mine")
+    with pytest.raises(UserError, match="leaves it alone"):
+        train(text, out=str(keep), overwrite=True, **TINY)
+    assert (keep / "precious.txt").exists()
