@@ -45,7 +45,7 @@ def tiny_config(shape: str = "modern", **fields: Any) -> ModelConfig:
     """A config in which every dimension has another size, so that no two can be mixed up."""
     sizes: dict[str, dict[str, int]] = {
         "gpt2": dict(n_head=3, n_embd=15, n_hidden=26),
-        "modern": dict(n_head=6, n_kv_head=3, n_embd=20, head_dim=4, n_hidden=28),
+        "modern": dict(n_head=6, n_kv_head=3, n_embd=18, head_dim=4, n_hidden=28),
     }
     common = dict(vocab_size=37, context_length=13, n_layer=2)
     return ModelConfig.from_shape(shape, **{**common, **sizes[shape], **fields})  # type: ignore

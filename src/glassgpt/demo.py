@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from glassgpt.data import sources
+from glassgpt.data import corpora
 from glassgpt.errors import UserError
 from glassgpt.runlog import Progress
 from glassgpt.train import free_name, train
@@ -36,7 +36,7 @@ def _text_at_hand(progress: Progress) -> str:
     """Shakespeare if it is cached or comes quickly, else the manual that Python carries."""
     try:
         progress.status("fetching Shakespeare (1 MB)")
-        sources.resolve(["shakespeare"], timeout=5.0)
+        corpora.fetch("shakespeare", timeout=5.0)
         return "shakespeare"
     except UserError:
         progress.say("Shakespeare can't be fetched now; using the Python manual on this machine.")

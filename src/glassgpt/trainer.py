@@ -79,6 +79,10 @@ class Trainer:
         per_rank = max(1, round(config.batch_tokens / self.T / machine.world))
         self.rows_per_rank, self.rows_per_step = per_rank, per_rank * machine.world
         self.micro_batch_size = min(config.micro_batch_size or per_rank, per_rank)
+        self.compiled = False
+        self.may_compile = config.compile == "on" or (
+            config.compile == "auto" and machine.device.type == "cuda"
+        )
         self.workers = self._make_workers()
         self.step = 0
         self.seconds = 0.0  # of earlier sessions
@@ -265,12 +269,15 @@ class Trainer:
 
         @torch.no_grad()
         def work(model: Any, tokens: np.ndarray, targets: np.ndarray) -> float:
+            if self.compiled and len(tokens) != self.micro_batch_size:
+                model = self.model  # not worth compiling for the split's last, smaller batch
             return self._loss(model.eval(), tokens, targets).item()
 
         def attempt() -> tuple[float, float]:
-            # No gradients: more fits at once than in training, and large batches are faster.
-            rows = max(1, _EVAL_LOGITS // (self.T * self.model.config.vocab_size))
-            rows = min(rows, 4 * self.micro_batch_size)
+            rows = self.micro_batch_size
+            if not self.compiled:  # no gradients: more fits at once, and large batches are faster
+                fit = _EVAL_LOGITS // (self.T * self.model.config.vocab_size)
+                rows = max(rows, min(4 * rows, fit))
             batches = split.windows(n=rows, T=self.T, rank=machine.rank, world=machine.world)
             total = count = 0.0
             for number, (tokens, targets) in enumerate(batches):
@@ -388,7 +395,7 @@ class Trainer:
         model: Any = self.model
         if self.machine.world > 1:
             model = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
-        elif self.machine.device.type == "cpu" and not self._wants_compile():
+        elif self.machine.device.type == "cpu" and not self.may_compile:
             # Dropout draws from one generator for all threads: their order would matter.
             config, threads = self.model.config, torch.get_num_threads()
             if not config.dropout:
@@ -396,25 +403,22 @@ class Trainer:
                 return Workers(model, n)
         return Workers(model)
 
-    def _wants_compile(self) -> bool:
-        wanted = self.config.compile
-        return wanted == "on" or (wanted == "auto" and self.machine.device.type == "cuda")
-
     def _compile(self) -> None:
         """torch.compile where it is wanted and works; otherwise say so once and go on."""
-        if not self._wants_compile():
+        if not self.may_compile:
             return
-        plain = self.workers.models[0]
         try:
             self.progress.status("compiling the model (once; a minute or so)")
-            compiled = torch.compile(plain)
+            compiled: Any = torch.compile(self.workers.models[0], dynamic=False)
             tokens, targets = self.data.train.batch(0, seed=0, n=self.micro_batch_size, T=self.T)
             self._loss(compiled, tokens, targets).backward()
-            self.workers.models[0] = compiled
+            self.workers.models[0], self.compiled = compiled, True
         except Exception as error:  # the compiler fails in many ways, none of them ours
             reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
             self.progress.say(f"warning: torch.compile does not work here ({reason[:100]}); "
                               "training goes on without it")  # fmt: skip
+            self.may_compile = False
+            self.workers = self._make_workers()
         self.optimizer.zero_grad(set_to_none=True)
 
     def _shrinking_to_memory(self, work: Callable[[], T_]) -> T_:

@@ -191,7 +191,7 @@ def sample(
     run: str,
     /,
     *,
-    prompt: str = "",
+    prompt: Annotated[str, Parameter(allow_leading_hyphen=True)] = "",
     completion_only: bool = False,
     device: str = "auto",
     options: Annotated[SampleOptions, Parameter(name="*")] = {},  # noqa: B006

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import tiny_config
 
+from conftest import tiny_config
 from glassgpt import checkpoint as ckpt
 from glassgpt.checkpoint import (
     Checkpoint,
@@ -207,9 +207,7 @@ def test_truncated_weights_are_noticed(saved: Path, share: float) -> None:
     ],
     ids=["empty", "half", "cut", "not UTF-8", "zeros", "list", "null", "number", "text"],
 )
-def test_damaged_json_is_noticed(
-    saved: Path, name: str, damage: Callable[[bytes], bytes]
-) -> None:
+def test_damaged_json_is_noticed(saved: Path, name: str, damage: Callable[[bytes], bytes]) -> None:
     (saved / name).write_bytes(damage((saved / name).read_bytes()))
     with pytest.raises(UserError, match=name):
         load_model(saved)
@@ -259,11 +257,23 @@ def test_a_tensor_that_is_missing_or_misshapen_is_named(saved: Path) -> None:
     path, name = saved / "model.safetensors", "model.layers.1.mlp.up_proj.weight"
     tensors = read_tensors(path)
     write_tensors(path, {**tensors, name: np.ascontiguousarray(tensors[name].T)})
-    with pytest.raises(UserError, match=f"{name} has shape \\(20, 28\\)"):
+    with pytest.raises(UserError, match=f"{name} has shape \\(18, 28\\)"):
         load_model(saved)
     write_tensors(path, {key: tensor for key, tensor in tensors.items() if key != name})
     with pytest.raises(UserError, match=f"{name} is missing"):
         load_model(saved)
+
+
+def test_biases_that_the_config_denies_are_noticed(tmp_path: Path) -> None:
+    """A GPT-2 without biases is saved with biases of zero; trained further elsewhere, they grow."""
+    save_model(tmp_path, tiny_checkpoint("gpt2", bias=False))
+    path, name = tmp_path / "model.safetensors", "transformer.h.1.mlp.c_fc.bias"
+    tensors = read_tensors(path)
+    assert not tensors[name].any()
+    tensors[name][4] = 0.5
+    write_tensors(path, tensors)
+    with pytest.raises(UserError, match=f"{name} is not zero"):
+        load_model(tmp_path)
 
 
 def test_a_tokenizer_larger_than_the_model_is_noticed(tmp_path: Path) -> None:

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_config
 from torch.utils.flop_counter import FlopCounterMode
 
 import glassgpt.config
+from conftest import tiny_config
 from glassgpt.config import (
     DataConfig,
     ModelConfig,
@@ -49,9 +49,10 @@ def random_config(seed: int) -> ModelConfig:
         fields |= dict(activation=draw.choice(["relu", "gelu", "gelu_tanh"]))
         return ModelConfig.from_shape("gpt2", **fields)
     groups = draw.randint(1, 3)
-    fields |= dict(n_kv_head=groups, n_head=groups * draw.randint(1, 4))
-    fields |= dict(head_dim=2 * draw.randint(1, 5), n_embd=draw.randint(1, 40))
-    return ModelConfig.from_shape("modern", qk_norm=draw.random() < 0.5, **fields)
+    fields |= dict(n_kv_head=groups, n_head=(heads := groups * draw.randint(1, 4)))
+    fields |= dict(head_dim=2 * draw.randint(1, 5), qk_norm=draw.random() < 0.5)
+    fields |= dict(n_embd=draw.randint(1, 40) if fields["qk_norm"] else heads * draw.randint(1, 7))
+    return ModelConfig.from_shape("modern", **fields)
 
 
 # -- precedence ----------------------------------------------------------------------------------
@@ -210,6 +211,7 @@ def test_values_out_of_range_are_refused(cls: type, name: str, values: list[Any]
         ("modern", dict(n_kv_head=4), "n_head=6 is not a multiple of n_kv_head=4"),
         ("modern", dict(n_kv_head=12), "not a multiple"),
         ("modern", dict(head_dim=5), "head_dim=5 must be even"),
+        ("modern", dict(qk_norm=False, n_embd=20), "n_embd=20"),  # transformers' Llama refuses it
         ("modern", dict(n_head=0), "n_head=0"),
         ("modern", dict(n_kv_head=0), "n_kv_head=0"),
         ("modern", dict(vocab_size=0), "vocab_size=0"),
@@ -300,5 +302,5 @@ def test_flops_per_token_is_what_torch_counts(
     with FlopCounterMode(display=False) as counter:
         model(tokens).sum().backward()
     assert counter.get_total_flops() == config.flops_per_token(T) * tokens.numel()
-    if T == config.context_length:
+    if config.context_length == T:
         assert config.flops_per_token() == config.flops_per_token(T)

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import tiny_config, tiny_model, weights_of
 
+from conftest import tiny_config, tiny_model, weights_of
 from glassgpt.cache import KVCache
 from glassgpt.config import ModelConfig
 from glassgpt.model import (
@@ -74,7 +74,7 @@ def test_later_positions_see_the_past(config: ModelConfig) -> None:
         assert same == (config.n_layer == 0)
 
 
-@pytest.mark.parametrize("shape", ["gpt2", "modern"])
+@both_shapes
 @torch.inference_mode()
 def test_order_matters(shape: str) -> None:
     """Positions are told apart: the same earlier tokens in another order are another text."""
@@ -89,8 +89,8 @@ def test_rotary_scores_depend_on_the_distance_only() -> None:
     q, k = torch.randn(2, 1, 1, 1, 4, generator=torch.Generator().manual_seed(3))
 
     def score(query_at: int, key_at: int) -> torch.Tensor:
-        turned = [rotate(x, a.cos(), a.sin()) for x, a in
-                  ((q, angles[query_at : query_at + 1]), (k, angles[key_at : key_at + 1]))]  # fmt: skip
+        places = (q, angles[query_at : query_at + 1]), (k, angles[key_at : key_at + 1])
+        turned = [rotate(x, angle.cos(), angle.sin()) for x, angle in places]
         return (turned[0] * turned[1]).sum()
 
     for distance in (0, 1, 6):
@@ -200,6 +200,7 @@ def test_crop_context_keeps_the_first_positions(config: ModelConfig) -> None:
     assert model.config.context_length == 6
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     assert shapes == model.config.weight_shapes
+    assert all(len(table) == 6 for table in model.buffers())  # the rotary ones
     assert all(p.requires_grad for p in model.parameters())
     with pytest.raises(AssertionError):
         model(random_tokens(config, B=2, T=7))

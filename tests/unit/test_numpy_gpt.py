@@ -11,8 +11,8 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_config, tiny_model, weights_of
 
+from conftest import tiny_config, tiny_model, weights_of
 from glassgpt import numpy_gpt
 from glassgpt.config import ModelConfig
 

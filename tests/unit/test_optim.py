@@ -7,8 +7,8 @@ import math
 
 import pytest
 import torch
-from conftest import tiny_config
 
+from conftest import tiny_config
 from glassgpt.config import TrainConfig
 from glassgpt.model import GPT
 from glassgpt.optim import learning_rate_at, make_optimizer, set_learning_rate

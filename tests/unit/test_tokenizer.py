@@ -301,6 +301,16 @@ def test_fingerprints_tell_tokenizers_apart() -> None:
     assert len({fingerprint(tokenizer) for tokenizer in made}) == len(made)
 
 
+def test_the_fingerprint_does_not_depend_on_the_order_in_the_file() -> None:
+    spec = bpe().spec
+    reordered = dict(reversed(spec.items()))
+    reordered["model"] = dict(reversed(spec["model"].items()))
+    reordered["model"]["vocab"] = dict(reversed(spec["model"]["vocab"].items()))
+    assert list(reordered) != list(spec)
+    assert fingerprint(from_spec(reordered)) == fingerprint(bpe())
+    assert from_spec(reordered).encode(CORPUS) == bpe().encode(CORPUS)
+
+
 def test_merges_may_stand_as_strings(tmp_path: Path) -> None:
     """GPT-2's own tokenizer.json on the hub has "a b" where newer files have ["a", "b"]."""
     spec = copy.deepcopy(bpe().spec)

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from glassgpt.data.download import cache_dir, download
+from glassgpt.data.download import TIMEOUT, cache_dir, download
 from glassgpt.errors import UserError, explain_os_errors
 
 
@@ -49,7 +49,10 @@ class Corpus:
 
 
 def fetch(
-    name: str, progress: Callable[[str, int, int | None], None] | None = None
+    name: str,
+    progress: Callable[[str, int, int | None], None] | None = None,
+    *,
+    timeout: float = TIMEOUT,
 ) -> list[Path | RemoteFile]:
     """The files of corpus `name`: on this disk (fetched now if need be), or, if streamed, remote.
 
@@ -68,7 +71,14 @@ def fetch(
             progress(name, done, total)
 
     return [
-        download(file.url, folder / file.name, sha256=file.sha256, size=file.size, progress=tell)
+        download(
+            file.url,
+            folder / file.name,
+            sha256=file.sha256,
+            size=file.size,
+            progress=tell,
+            timeout=timeout,
+        )
         for file in corpus.files
     ]
 

@@ -174,7 +174,9 @@ def _choose_field(
         if wanted in fields:
             return wanted
         close = nearest(wanted, fields)
-        raise UserError(f"{where}: no field {wanted!r}.{close} There are: {shown}")
+        raise UserError(
+            f"{where}: no field {wanted!r}.{close} There are: {shown}; choose with --text-field"
+        )
     if "text" in fields:
         return "text"
     if len(texts) == 1:

@@ -1,0 +1,81 @@
+"""What --help says is what there is: verbs, presets, options."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import inspect
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from glassgpt import verbs
+from glassgpt.cli import VERBS
+from glassgpt.config import option_types, preset_names
+
+
+def help_of(*verb: str) -> str:
+    command = [sys.executable, "-m", "glassgpt", *verb, "--help"]
+    environment = {"COLUMNS": "200", "TERM": "dumb", "PATH": ""}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    assert result.stderr == ""
+    return result.stdout
+
+
+def test_summaries_are_the_first_lines_of_the_docstrings() -> None:
+    for verb, summary in VERBS.items():
+        first = inspect.getdoc(getattr(verbs, verb)).splitlines()[0]
+        assert summary.rstrip(".") == first.rstrip(".")
+
+
+def test_every_verb_is_offered() -> None:
+    """The functions below the line "-- verbs" in verbs.py, but for the helpers."""
+    spec = importlib.util.find_spec("glassgpt.verbs")
+    tree = ast.parse(Path(spec.origin).read_text())
+    public = [f.name for f in tree.body if isinstance(f, ast.FunctionDef)
+              and not f.name.startswith("_") and f.name != "read_prompt"]  # fmt: skip
+    assert list(VERBS) == public
+
+
+def test_help_lists_every_verb_with_its_summary() -> None:
+    text = " ".join(help_of().split())
+    for verb, summary in VERBS.items():
+        assert f"{verb} {summary}"[:60] in text
+
+
+@pytest.mark.parametrize("verb", list(VERBS))
+def test_the_help_of_a_verb_holds_its_docstring(verb: str) -> None:
+    text = " ".join(help_of(verb).split())
+    docstring = inspect.getdoc(getattr(verbs, verb)).split("Parameters\n")[0]
+    words = re.findall(r"[A-Za-z]{4,}", docstring)
+    assert len(words) > 10
+    assert [word for word in words if word not in text] == []
+
+
+def test_train_offers_every_option() -> None:
+    text = help_of("train")
+    for name in option_types():
+        if name != "data":
+            assert f"--{name.replace('_', '-')}" in text
+
+
+def test_the_presets_of_the_help_are_the_presets() -> None:
+    parameter = inspect.getdoc(verbs.train).split("preset:\n")[1].split("\nconfig:")[0]
+    named = re.findall(r"[a-z0-9-]+", parameter.split(":")[1])
+    assert sorted(named) == sorted(set(preset_names()) - hidden())
+    shown = " ".join(help_of("train").split())
+    assert all(name in shown for name in named)
+
+
+def hidden() -> set[str]:
+    """`glassgpt demo` is a verb of its own; its preset is not for everyday use."""
+    return {"demo"}
+
+
+def test_presets_that_the_help_uses_exist() -> None:
+    for verb in VERBS:
+        for name in re.findall(r"--preset ([a-z0-9-]+)", inspect.getdoc(getattr(verbs, verb))):
+            assert name in preset_names()
