@@ -82,7 +82,9 @@ with open({str(text)!r}, encoding="utf-8") as file:
 print(done / seconds / 1e6)
 """
     # Through a shell, so that its peak memory is a grandchild's that is not counted with ours.
-    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    output = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
     return float(output.stdout)
 
 

@@ -48,7 +48,10 @@ def main() -> None:
             run = Path(work) / f"run-{number}"
             seconds["nanogpt"].append(timed(nanogpt_command(options.steps), cwd=peer))
             seconds["glassgpt"].append(timed(glassgpt_command(options.steps, data, run)))
-            print(f"round {number + 1}: " + ", ".join(f"{k} {v[-1]:.1f} s" for k, v in seconds.items()))
+            print(
+                f"round {number + 1}: "
+                + ", ".join(f"{k} {v[-1]:.1f} s" for k, v in seconds.items())
+            )
         val = load_data(data).val
         losses["nanogpt"] = val_loss(from_nanogpt(peer / "out-bench" / "ckpt.pt"), val)
         losses["glassgpt"] = val_loss(from_run(run), val)

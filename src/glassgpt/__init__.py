@@ -15,7 +15,7 @@ from glassgpt.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from glassgpt.api import LoadedModel as LoadedModel
-    from glassgpt.train import TrainResult
+    from glassgpt.training import TrainResult
 
 
 def load(path: str) -> LoadedModel:
@@ -26,7 +26,7 @@ def load(path: str) -> LoadedModel:
 
 
 def train(data: str | list[str] | None = None, **options: Any) -> TrainResult:
-    """Train a GPT; the options of `glassgpt train` by name. See `glassgpt.train.train`."""
-    from glassgpt.train import train as run
+    """Train a GPT; the options of `glassgpt train` by name. See `glassgpt.training.train`."""
+    from glassgpt.training import train as run
 
     return run(data, **options)

@@ -9,6 +9,7 @@ noticed. Weights travel as NumPy arrays under the names of model.py; this room i
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -70,7 +71,10 @@ def read_json(path: Path) -> Any:
     with explain_os_errors(f"read {path}"):
         raw = path.read_bytes()
     try:
-        return json.loads(raw)
+        value = json.loads(raw)
+        if not isinstance(value, dict):
+            raise ValueError("it holds no object")
+        return value
     except ValueError as error:
         raise UserError(f"{path} is damaged: {error}; restore it or train again") from error
 
@@ -78,7 +82,8 @@ def read_json(path: Path) -> Any:
 def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
     """A safetensors file whose metadata hold the SHA-256 of its tensors."""
     metadata = {"format": "pt", "sha256": _digest(tensors)}
-    write_file(path, safetensors.numpy.save(dict(tensors), metadata=metadata))
+    tensors = {n: np.require(t, requirements="C") for n, t in tensors.items()}
+    write_file(path, safetensors.numpy.save(tensors, metadata=metadata))
 
 
 def read_tensors(path: Path) -> dict[str, np.ndarray]:
@@ -88,11 +93,30 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (safetensors.SafetensorError, ValueError, OSError) as error:
+            names = list(file.keys())
+            if any(file.get_slice(name).get_dtype() == "BF16" for name in names):
+                tensors = _widen_bfloat16(path)
+            else:
+                tensors = {name: file.get_tensor(name) for name in names}
+    except (safetensors.SafetensorError, ValueError, OSError, KeyError) as error:
         raise UserError(f"{path} is truncated or damaged: {error}") from error
     if "sha256" in metadata and metadata["sha256"] != _digest(tensors):
         raise UserError(f"{path} is damaged: its content does not match its checksum")
+    return tensors
+
+
+def _widen_bfloat16(path: Path) -> dict[str, np.ndarray]:
+    """NumPy has no bfloat16; it is the upper half of a float32, so widening is exact."""
+    tensors = {}
+    for name, stored in safetensors.deserialize(path.read_bytes()):
+        if stored["dtype"] == "BF16":
+            upper = np.frombuffer(stored["data"], np.uint16).astype(np.uint32)
+            array = (upper << 16).view(np.float32)
+        else:
+            array = np.frombuffer(
+                stored["data"], {"F32": np.float32, "F16": np.float16}[stored["dtype"]]
+            )
+        tensors[name] = array.reshape(stored["shape"])
     return tensors
 
 
@@ -183,6 +207,9 @@ def save_training(
     """
     folder, new, old = _training_folders(run)
     with explain_os_errors(f"write {new}"):
+        if not folder.exists():  # the process died between the two renames below
+            with contextlib.suppress(UserError):
+                os.replace(find_training(run), folder)
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir(parents=True)
         save_model(new, checkpoint)

@@ -98,6 +98,9 @@ class ModelConfig:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1")
         if self.n_layer < 0 or self.n_hidden < 1:
             raise UserError(f"n_layer={self.n_layer}, n_hidden={self.n_hidden}: too small")
+        for name in ("rope_theta", "norm_eps"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise UserError(f"{name}={getattr(self, name)} must be greater than 0")
         if not 0 <= self.dropout < 1:
             raise UserError(f"dropout={self.dropout} must be at least 0 and less than 1")
         if self.n_head % self.n_kv_head:
@@ -124,6 +127,11 @@ class ModelConfig:
         if (self.norm, self.position) == ("rmsnorm", "rope"):
             if self.activation != "swiglu" or self.bias:
                 raise UserError("norm=rmsnorm with position=rope needs activation=swiglu, no bias")
+            if not self.qk_norm and self.n_embd % self.n_head:
+                raise UserError(
+                    f"n_embd={self.n_embd} must be a multiple of n_head={self.n_head} "
+                    "where qk_norm is off (Llama's rule)"
+                )
             return "qwen3" if self.qk_norm else "llama"
         raise UserError(
             f"norm={self.norm}, position={self.position}, qk_norm={self.qk_norm} is no architecture"
@@ -277,6 +285,8 @@ class Sampling:
     def __post_init__(self) -> None:
         if self.max_new_tokens < 0 or self.num_samples < 1:
             raise UserError("max_new_tokens must be at least 0 and num_samples at least 1")
+        if not 0 <= self.seed < 1 << 63:
+            raise UserError(f"seed={self.seed} must be at least 0 and less than 2^63")
         if not self.temperature >= 0:
             raise UserError(f"temperature={self.temperature} must be 0 or greater")
         if self.top_k is not None and self.top_k < 1:

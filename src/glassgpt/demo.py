@@ -7,7 +7,7 @@ from pathlib import Path
 from glassgpt.data import corpora
 from glassgpt.errors import UserError
 from glassgpt.runlog import Progress
-from glassgpt.train import free_name, train
+from glassgpt.training import free_name, train
 
 
 def demo(progress: Progress, out: str | None = None) -> None:

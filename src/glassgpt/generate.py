@@ -78,7 +78,7 @@ def probabilities(logits: np.ndarray) -> np.ndarray:
 def filter_logits(logits: np.ndarray, seen: Sequence[int], how: Sampling) -> np.ndarray:
     """All filters of `how`, in order. Temperature 0 leaves only the likeliest token."""
     logits = logits.astype(np.float64)
-    if np.isnan(logits).any():
+    if not np.all(logits < np.inf):
         raise UserError("the model's logits are not numbers (NaN): its weights are broken")
     if how.repetition_penalty is not None and len(seen):
         logits = penalize_repetition(logits, np.asarray(seen), how.repetition_penalty)
@@ -175,13 +175,14 @@ class _Row:
 
     def __init__(self, index: int, prompt: list[int], tokenizer: Tokenizer, how: Sampling) -> None:
         self.index, self.seen, self.how = index, prompt, how
+        self.vocab_size = tokenizer.vocab_size
         self.decoder = IncrementalDecoder(tokenizer)
         self.end_of_text = tokenizer.end_of_text
         self.held = ""  # text that may be the beginning of a stop string
         self.finished = False
 
     def choose(self, logits: np.ndarray, position: int) -> int:
-        logits = filter_logits(logits, self.seen, self.how)
+        logits = filter_logits(logits[: self.vocab_size], self.seen, self.how)
         return draw(logits, seed=self.how.seed, sample=self.index, position=position)
 
     def take(self, token: int) -> Iterator[Piece]:

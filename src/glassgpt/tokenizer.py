@@ -100,6 +100,12 @@ class CharTokenizer(_Spec):
                 table[ord(char)] = i
         return table
 
+    def check(self) -> None:
+        """Raises `UserError` for a vocabulary that can't be one."""
+        vocab = self.spec["model"]["vocab"]
+        if sorted(vocab.values()) != list(range(len(vocab))) or UNKNOWN not in vocab:
+            raise UserError(f"tokenizer.json is damaged: its ids are not 0, 1, 2, ... {UNKNOWN}")
+
     def encode_array(self, text: str) -> np.ndarray:
         points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
         return self._table[points]
@@ -134,6 +140,15 @@ class BPETokenizer(_Spec):
         if any(a > b for a, b in zip(ids, ids[1:], strict=False)):
             raise UserError("tokenizer.json: its merges are not in the order of their ids")
 
+    def check(self) -> None:
+        """Raises `UserError` for a vocabulary that can't be one, before tiktoken panics."""
+        ids = list(self.spec["model"]["vocab"].values())
+        if min(ids) < 0 or len(set(ids)) < len(ids):
+            raise UserError("tokenizer.json is damaged: ids below 0, or one for two tokens")
+        if not {bytes([b]) for b in range(256)} <= set(self._bytes_of):
+            raise UserError("tokenizer.json is damaged: not every byte has an id")
+        self._encoding  # noqa: B018  (the pattern, too, must be one)
+
     @property
     def kind(self) -> str:
         return "bpe" if self.spec["model"]["merges"] else "byte"
@@ -167,17 +182,21 @@ class BPETokenizer(_Spec):
         )
 
     def encode_array(self, text: str) -> np.ndarray:
-        text = unicodedata.normalize("NFC", text) if self._nfc else text
+        text = self._normalize(text)
         if self.kind == "byte":
-            return np.frombuffer(text.encode("utf-8", "replace"), dtype=np.uint8).astype(np.uint32)
+            return np.frombuffer(text.encode(), dtype=np.uint8).astype(np.uint32)
         return self._encoding.encode_to_numpy(text, disallowed_special=())
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         """`special=True` reads "<|endoftext|>" in the text as the one token, as prompts want."""
         if not special:
             return self.encode_array(text).tolist()
+        return self._encoding.encode(self._normalize(text), allowed_special="all")
+
+    def _normalize(self, text: str) -> str:
         text = unicodedata.normalize("NFC", text) if self._nfc else text
-        return self._encoding.encode(text, allowed_special="all")
+        # Half a surrogate pair (a bad byte on a command line) is no character of any text.
+        return text if text.isascii() else text.encode("utf-8", "replace").decode()
 
     def unknown(self, text: str) -> list[str]:
         return []  # any text is bytes
@@ -276,15 +295,19 @@ def _bpe_pattern(spec: dict) -> str:
 
 def from_spec(spec: dict[str, Any]) -> Tokenizer:
     """The tokenizer that a parsed tokenizer.json describes."""
-    kind = (spec.get("model") or {}).get("type")
     try:
+        kind = spec["model"]["type"]
         if kind == "WordLevel":
             tokenizer = CharTokenizer(spec)
-            tokenizer._table  # noqa: B018  (a damaged vocabulary shows here, not mid-training)
+            tokenizer.check()
             return tokenizer
         if kind == "BPE":
-            return BPETokenizer(spec)
-    except (KeyError, TypeError, AttributeError) as error:
+            bpe = BPETokenizer(spec)
+            bpe.check()
+            return bpe
+    except UserError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise UserError(f"tokenizer.json is damaged: {error!r}") from error
     raise UserError(f"tokenizer.json: a {kind} tokenizer can't be read; BPE and char can")
 

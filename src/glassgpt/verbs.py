@@ -170,7 +170,7 @@ def train(
         Replace the run directory if it exists.
     """
     from glassgpt.runlog import Progress, Terminal
-    from glassgpt.train import train as run
+    from glassgpt.training import train as run
 
     main_process = int(os.environ.get("RANK", 0)) == 0
     terminal = Terminal() if main_process else Progress()

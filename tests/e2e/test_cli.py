@@ -178,7 +178,7 @@ def test_real_out_of_memory_halves_the_micro_batch(tmp_path):
     text.write_text(SENTENCE * 400)
     code = f"""
 import resource, torch
-from glassgpt.train import train
+from glassgpt.training import train
 from glassgpt.runlog import Progress
 class Show(Progress):
     def say(self, text=""): print(text)
@@ -225,7 +225,7 @@ def test_texts_that_cannot_be_used(tmp_path, book, capsys):
     assert "--text-field" in line or "text_field" in line
     assert "a.jsonl" in train(file("a.jsonl", b'{"text": "one"}\n{"text": oops\n'))
     cut = gzip.compress(os.urandom(900).hex().encode())[:300]
-    assert "truncated" in train(file("cut.txt.gz", cut))
+    assert "cut short" in train(file("cut.txt.gz", cut))
     assert not (tmp_path / "run").exists()
 
 

@@ -21,8 +21,8 @@ from glassgpt.data.prepare import prepare
 from glassgpt.errors import UserError
 from glassgpt.model import GPT
 from glassgpt.runlog import Progress, read_metrics
-from glassgpt.train import train
 from glassgpt.trainer import Trainer
+from glassgpt.training import train
 from glassgpt.workers import Workers, useful_workers
 
 TINY = dict(n_layer=2, n_head=2, n_embd=12, context_length=11, batch_tokens=66, max_steps=12,

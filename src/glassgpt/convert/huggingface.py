@@ -48,6 +48,10 @@ def from_huggingface(
     """The tensors of a checkpoint -> our weights; raises `UserError` for missing or misshapen."""
     weights: dict[str, np.ndarray] = {}
     shapes = config.weight_shapes
+    if config.family == "gpt2" and "wte.weight" in tensors:
+        tensors = {
+            n if n == "lm_head.weight" else f"transformer.{n}": t for n, t in tensors.items()
+        }
     for theirs, ours, transposed in _tensor_names(config):
         parts = []
         for name in theirs if isinstance(theirs, tuple) else (theirs,):
@@ -89,6 +93,9 @@ def config_from_json(values: Mapping[str, Any], where: str = "config.json") -> M
 def _gpt2_config(values: Mapping[str, Any]) -> ModelConfig:
     theirs = values.get("activation_function", "gelu_new")
     activations = {hf: ours for ours, hf in _GPT2_ACTIVATIONS.items()}
+    for name, ok in (("scale_attn_by_inverse_layer_idx", False), ("scale_attn_weights", True)):
+        if values.get(name, ok) != ok:
+            raise UserError(f"config.json: {name}={values[name]} is not supported")
     if theirs not in activations:
         raise UserError(f"config.json: activation_function {theirs!r} is not supported")
     return ModelConfig.from_shape(
@@ -110,6 +117,10 @@ def _llama_config(values: Mapping[str, Any], kind: str) -> ModelConfig:
     scaling = rope.get("rope_type", rope.get("type", "default"))
     if scaling != "default" or values.get("attention_bias") or values.get("mlp_bias"):
         raise UserError(f"config.json: rope scaling {scaling!r} or biases are not supported")
+    if values.get("hidden_act", "silu") != "silu":
+        raise UserError(f"config.json: hidden_act {values['hidden_act']!r} is not supported")
+    if values.get("use_sliding_window"):
+        raise UserError("config.json: use_sliding_window is not supported")
     n_head, n_embd = values["num_attention_heads"], values["hidden_size"]
     return ModelConfig.from_shape(
         "modern",

@@ -53,7 +53,7 @@ class TokenFiles:
         `rows` picks a device's part of the global batch; the batch itself depends on `seed`
         and `step` alone (Philox, a counter-based generator: Salmon et al., SC 2011).
         """
-        generator = np.random.Generator(np.random.Philox(key=seed, counter=step))
+        generator = np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, 0, step]))
         starts = generator.integers(0, len(self) - T, size=n)[rows]
         if len(self.shards) == 1:
             windows = self.shards[0][starts[:, None] + np.arange(T + 1)].astype(np.int64)
@@ -129,14 +129,14 @@ def _load_ours(path: Path) -> Dataset:
                         f"{path}: {name} holds {len(split)} tokens instead of "
                         f"{meta[name]['tokens']}; prepare the data again"
                     )
-            tokenizer = load_tokenizer(path)
+            tokenizer, name = load_tokenizer(path), meta["fingerprint"]
         except (ValueError, KeyError, TypeError) as error:
             if isinstance(error, UserError):
                 raise
             raise UserError(f"{path / 'meta.json'} is damaged: {error!r}") from error
     if fingerprint(tokenizer) != meta.get("tokenizer"):
         raise UserError(f"{path}: the data were made with another tokenizer.json than this one")
-    return Dataset(path, splits["train"], splits["val"], tokenizer, meta["fingerprint"], meta)
+    return Dataset(path, splits["train"], splits["val"], tokenizer, name, meta)
 
 
 def _map(path: Path, dtype: str) -> np.ndarray:
@@ -164,9 +164,13 @@ def _load_nanogpt(path: Path) -> Dataset:
         try:
             meta = _PlainUnpickler(io.BytesIO((path / "meta.pkl").read_bytes())).load()
             characters = [meta["itos"][i] for i in range(meta["vocab_size"])]
-        except (pickle.UnpicklingError, EOFError, KeyError, TypeError, AttributeError) as error:
+            if any(len(char.encode("utf-32-le", "surrogatepass")) != 4 for char in characters):
+                raise TypeError("its itos are not single characters")
+        except UserError:
+            raise
+        except Exception as error:  # a damaged pickle fails in a dozen ways
             raise UserError(f"{path / 'meta.pkl'} is no nanoGPT meta.pkl: {error!r}") from error
-        if characters != sorted(characters):
+        if characters != sorted(set(characters)):
             raise UserError(f"{path / 'meta.pkl'}: its characters are not in sorted order")
         tokenizer: Tokenizer = CharTokenizer.from_characters(characters)
     else:  # nanoGPT's own rule: no meta.pkl means GPT-2's BPE
