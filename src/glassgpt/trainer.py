@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -269,8 +270,9 @@ class Trainer:
 
         @torch.no_grad()
         def work(model: Any, tokens: np.ndarray, targets: np.ndarray) -> float:
-            if self.compiled and len(tokens) != self.micro_batch_size:
-                model = self.model  # not worth compiling for the split's last, smaller batch
+            # Ranks may have unequal shares; the last, smaller batch is not worth compiling for.
+            if machine.world > 1 or (self.compiled and len(tokens) != self.micro_batch_size):
+                model = self.model
             return self._loss(model.eval(), tokens, targets).item()
 
         def attempt() -> tuple[float, float]:
@@ -289,7 +291,7 @@ class Trainer:
 
         machine = self.machine
         total, count = self._shrinking_to_memory(attempt)
-        for model in self.workers.models:
+        for model in (self.model, *self.workers.models):
             model.train()
         total, count = machine.sum(total, count)
         return None if self._stop_now() else total / count
@@ -394,7 +396,9 @@ class Trainer:
         """The model as training calls it: on every core of a CPU, in every process, compiled."""
         model: Any = self.model
         if self.machine.world > 1:
-            model = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+            with warnings.catch_warnings():  # newer torch has another name for the same wish
+                warnings.simplefilter("ignore", FutureWarning)
+                model = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
         elif self.machine.device.type == "cpu" and not self.may_compile:
             # Dropout draws from one generator for all threads: their order would matter.
             config, threads = self.model.config, torch.get_num_threads()

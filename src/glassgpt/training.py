@@ -72,7 +72,9 @@ def train(
         trainer = Trainer(run, model_config, train_config, dataset, machine, progress, options)
         if saved is not None:
             trainer.restore(*saved)
-        return trainer.fit()
+        result = trainer.fit()
+        machine.barrier()  # who leaves early takes the others' connections down
+        return result
     finally:
         runtime.stop()
 
