@@ -11,7 +11,7 @@ import sys
 
 from cyclopts import App, CycloptsError
 
-from glassgpt.errors import UserError
+from glassgpt.errors import UserError, explain_os_errors
 from glassgpt.version import __version__
 
 VERBS = {
@@ -45,7 +45,8 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         app = make_app(arguments)
-        app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
+        with explain_os_errors("go on"):  # what no room has explained better
+            app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
     except (UserError, CycloptsError) as error:
         sys.stdout.flush()
         print(f"glassgpt: {' '.join(str(error).split())}", file=sys.stderr)

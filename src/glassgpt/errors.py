@@ -48,4 +48,6 @@ def explain_os_errors(doing: str) -> Iterator[None]:
         remedy = _OS_REMEDIES.get(error.errno or 0)
         if remedy is None:
             raise
-        raise UserError(f"cannot {doing}: {remedy}") from error
+        file = error.filename
+        where = f" ({file})" if isinstance(file, str) and file not in doing else ""
+        raise UserError(f"cannot {doing}{where}: {remedy}") from error

@@ -159,13 +159,32 @@ class Trainer:
         norm = torch.nn.utils.clip_grad_norm_(
             self.model.parameters(), config.grad_clip or math.inf, foreach=True
         )
+        numbers = self._read(loss / self.machine.world, norm, rate)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        # Reading a number from a GPU waits for it; on a CPU it is free.
-        if self.machine.device.type == "cpu" or self.step % config.log_interval == 0:
-            self._record(loss.item() / self.machine.world, norm.item(), rate)
+        if numbers is not None:
+            self._record(*numbers, rate)
+
+    def _read(
+        self, loss: torch.Tensor, norm: torch.Tensor, rate: float
+    ) -> tuple[float, float] | None:
+        """Loss and gradient norm as numbers, checked before they can spoil the weights.
+
+        Reading from a GPU waits for it, so there only when something is written after this step:
+        an earlier NaN is still one then, and never reaches a checkpoint. On a CPU it is free.
+        """
+        config, next_step = self.config, self.step + 1
+        intervals = (config.log_interval, config.eval_interval, config.checkpoint_interval)
+        due = next_step == config.max_steps or any(n and next_step % n == 0 for n in intervals)
+        if not due and self.machine.device.type != "cpu":
+            return None
+        numbers = loss.item(), norm.item()
+        # float16 overflows now and then; its scaler leaves such a step out by itself.
+        if not math.isfinite(numbers[0] if self.scaler.is_enabled() else sum(numbers)):
+            self._diverged(*numbers, rate)
+        return numbers
 
     def _gradients(self) -> torch.Tensor:
         """Sum up the gradient of this step's batch, micro-batch by micro-batch; the mean loss."""
@@ -204,8 +223,6 @@ class Trainer:
                                reduction="sum")  # fmt: skip
 
     def _record(self, loss: float, norm: float, rate: float) -> None:
-        if not math.isfinite(loss):
-            self._diverged(loss, norm, rate)
         self.recent.append(loss)
         if self.step % self.config.log_interval == 0 or self.step == self.config.max_steps:
             now = time.monotonic()
@@ -230,13 +247,10 @@ class Trainer:
         return " · ".join([*parts, f"{format_seconds(left)} left"])
 
     def _diverged(self, loss: float, norm: float, rate: float) -> None:
-        safe = "the best model so far is kept"
-        if self.evaluated_step is not None or self.config.checkpoint_interval:
-            safe = f"{self.run} keeps the last good checkpoint"
         raise UserError(
-            f"the loss became {loss} at step {self.step} (learning rate {rate:.2e}, gradient norm "
-            f"{norm:.3g}); {safe}. Usual remedies: a lower --learning-rate, more --warmup-steps, "
-            "--grad-clip 1, --dtype float32"
+            f"training diverged at step {self.step + 1}: loss {loss}, gradient norm {norm:.3g}, "
+            f"learning rate {rate:.2e}; {self.run} keeps the last good checkpoint. Usual remedies: "
+            "a lower --learning-rate, more --warmup-steps, --grad-clip 1, --dtype float32"
         )
 
     # -- evaluation ------------------------------------------------------------------------------
@@ -285,6 +299,9 @@ class Trainer:
             for number, (tokens, targets) in enumerate(batches):
                 if number == self.config.eval_batches or self._stop_now():
                     break
+                if number % 64 == 63:
+                    share = count * machine.world / len(split)
+                    self.progress.status(f"evaluating: {share:.0%} of the validation text")
                 total += sum(self.workers.map(work, tokens, targets))
                 count += int(np.count_nonzero(targets != IGNORE))
             return total, count
@@ -358,6 +375,7 @@ class Trainer:
 
     def _finish(self, finished: bool) -> TrainResult:
         self.progress.close()
+        self.workers.close()
         if self.log is not None:
             self.log.close()
             if self.evaluated_step is not None:

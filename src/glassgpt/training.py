@@ -14,7 +14,7 @@ import torch
 
 from glassgpt import checkpoint as ckpt
 from glassgpt import runtime
-from glassgpt.config import DataConfig, ModelConfig, resolve_options, split_options
+from glassgpt.config import DataConfig, ModelConfig, names_of, resolve_options, split_options
 from glassgpt.data import sources
 from glassgpt.data.batches import Dataset, is_prepared, load_data
 from glassgpt.data.download import cache_dir
@@ -45,12 +45,17 @@ def train(
     saved = None
     if resume is not None:
         saved = ckpt.load_training(resume)
+        fixed = {"shape", "tokenizer", *names_of(ModelConfig)} & set(options)
+        if fixed:
+            raise UserError(f"{', '.join(sorted(fixed))} can't change when resuming {resume}; "
+                            "leave it out, or start a new run")  # fmt: skip
         options = saved[2]["options"] | options | {"out": str(resume)}
     if not names and options.get("data"):
         names = options["data"] if isinstance(options["data"], list) else [options["data"]]
     if not names:
         raise UserError("nothing to train on; name a text file, a folder or a corpus")
     model_options, data_config, train_config = split_options(options)
+    threads = torch.get_num_threads()
     machine = runtime.start(train_config)
     try:
         dataset = _open_data(names, data_config, saved, machine, progress)
@@ -76,6 +81,7 @@ def train(
         machine.barrier()  # who leaves early takes the others' connections down
         return result
     finally:
+        torch.set_num_threads(threads)  # the caller's, who may go on
         runtime.stop()
 
 

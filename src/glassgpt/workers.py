@@ -48,6 +48,10 @@ class Workers:
         wait(futures)  # also when one failed: none may still be at work on its gradients
         return [future.result() for future in futures]
 
+    def close(self) -> None:
+        if self._pool is not None:
+            self._pool.shutdown()
+
     def gather_gradients(self) -> None:
         """Add every copy's gradients to the first model's, and forget them there."""
         for index in range(1, len(self.models)):
