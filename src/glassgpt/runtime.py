@@ -1,4 +1,4 @@
-"""The machine: device, precision, threads, processes, memory allocator, signals.
+"""The machine: device, precision, threads, processes, signals.
 
     machine = start(TrainConfig(device="auto"))
 
@@ -8,9 +8,7 @@ All side effects on the process live here (and in cli.py). It knows no model and
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
-import platform
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -73,8 +71,6 @@ def start(config: TrainConfig) -> Machine:
     """
     device = torch.device(choose_device(config.device))
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if device.type == "cpu":
-        keep_freed_memory()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     elif device.type == "cpu" and world == 1:
@@ -120,21 +116,6 @@ def usable_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-def keep_freed_memory() -> None:
-    """Tell glibc to keep large freed blocks instead of returning them to the kernel.
-
-    A training step frees and asks for the same megabytes again and again; by default each goes
-    through mmap, and the kernel zeroes every page anew. Measured in docs/LOG.md.
-    """
-    if platform.system() != "Linux":
-        return
-    with contextlib.suppress(OSError, AttributeError):  # musl has no mallopt
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-        m_trim_threshold, m_mmap_threshold = -1, -3
-        mallopt(m_mmap_threshold, 1 << 30)
-        mallopt(m_trim_threshold, (1 << 31) - 1)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
