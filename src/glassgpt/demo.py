@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from glassgpt.data import corpora
 from glassgpt.errors import UserError
-from glassgpt.runlog import Progress
+from glassgpt.runlog import Progress, program
 from glassgpt.training import free_name, train
 
 
-def demo(progress: Progress, out: str | None = None) -> None:
-    """Train the `demo` preset on Shakespeare, or on the Python manual without a network."""
+def demo(progress: Progress, out: str | None = None, **options: Any) -> None:
+    """Train the `demo` preset on Shakespeare, or on the Python manual without a network.
+
+    `options` change the preset, as in `glassgpt.train`.
+    """
     progress.say("GlassGPT demo: a small GPT learns to write, character by character.")
     text = _text_at_hand(progress)
     run = Path(out) if out else free_name("demo")
-    result = train(text, preset="demo", out=str(run), progress=progress)
+    result = train(text, preset="demo", out=str(run), progress=progress, **options)
     if not result.finished:
         return
     before, after = result.samples[0], result.samples[-1]
@@ -26,9 +30,9 @@ def demo(progress: Progress, out: str | None = None) -> None:
         f"per character.\n"
         f"Loss curve: {run / 'loss.png'}\nRun directory: {run} (transformers loads it as it is)\n\n"
         f"Try next:\n"
-        f'  glassgpt sample {run} --prompt "The " --temperature 0.8\n'
-        f"  glassgpt train {text} --preset demo --max-steps 5000 --out runs/longer\n"
-        f"  glassgpt train your-own-text.txt"
+        f'  {program()} sample {run} --prompt "The " --temperature 0.8\n'
+        f"  {program()} train {text} --preset demo --max-steps 5000 --out runs/longer\n"
+        f"  {program()} train your-own-text.txt"
     )
 
 

@@ -42,7 +42,7 @@ def loss_curve(
                       markerfacecolor="white", label=f"{label}validation")  # fmt: skip
             step, best = min(val, key=lambda point: point[1])
             axes.annotate(f"{best:.3f}", (step, best), textcoords="offset points",
-                          xytext=(0, -14), ha="center", color=color)  # fmt: skip
+                          xytext=(0, 8), ha="center", color=color)  # fmt: skip
     if vocab_size is not None:
         guessing = math.log(vocab_size)
         label = f"guessing: ln({vocab_size:,}) = {guessing:.2f}"
@@ -59,8 +59,9 @@ def loss_curve(
 
 
 def _smooth(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Exponential average with its start-up bias removed, as Adam does."""
-    memory, average, smoothed = 0.9, 0.0, []
+    """Exponential average over about a fortieth of the curve, its start-up bias removed as in
+    Adam; a longer memory would lag behind where the loss falls fast."""
+    memory, average, smoothed = 1 - 1 / max(2.0, len(points) / 40), 0.0, []
     for count, (x, y) in enumerate(points, start=1):
         average = memory * average + (1 - memory) * y
         smoothed.append((x, average / (1 - memory**count)))

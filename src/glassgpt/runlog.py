@@ -9,12 +9,21 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from glassgpt.errors import UserError, explain_os_errors
+
+
+def program() -> str:
+    """What to type for this program: `glassgpt` where the shell finds it, else its path."""
+    here = Path(sys.executable).parent / "glassgpt"
+    if shutil.which("glassgpt") or not here.exists():
+        return "glassgpt"
+    return os.path.relpath(here)
 
 
 class Progress:

@@ -33,7 +33,7 @@ from glassgpt.generate import complete
 from glassgpt.model import GPT, load_weights
 from glassgpt.optim import learning_rate_at, make_optimizer, set_learning_rate
 from glassgpt.plot import loss_curve
-from glassgpt.runlog import Progress, RunLog
+from glassgpt.runlog import Progress, RunLog, program
 from glassgpt.workers import Workers, useful_workers
 
 T_ = TypeVar("T_")
@@ -383,7 +383,7 @@ class Trainer:
                 loss_curve([self.run], self.run / "loss.png", vocab_size=size)
         if not finished:
             self.progress.say(f"stopped at step {self.step:,}; go on with: "
-                              f"glassgpt train --resume {self.run}")  # fmt: skip
+                              f"{program()} train --resume {self.run}")  # fmt: skip
         elif self.step < self.config.max_steps:
             self.progress.say(f"stopped early at step {self.step:,}: no better validation loss in "
                               f"{self.config.patience} evaluations")  # fmt: skip

@@ -169,7 +169,7 @@ def train(
     overwrite:
         Replace the run directory if it exists.
     """
-    from glassgpt.runlog import Progress, Terminal
+    from glassgpt.runlog import Progress, Terminal, program
     from glassgpt.training import train as run
 
     main_process = int(os.environ.get("RANK", 0)) == 0
@@ -184,7 +184,7 @@ def train(
             f"best val loss {result.best_val_loss:.4f} (at the start {result.first_val_loss:.4f})"
             f" · loss curve: {result.run / 'loss.png'}"
         )
-        terminal.say(f'next: glassgpt sample {result.run} --prompt "Once upon a time"')
+        terminal.say(f'next: {program()} sample {result.run} --prompt "Once upon a time"')
 
 
 def sample(

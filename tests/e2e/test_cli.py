@@ -323,3 +323,21 @@ def test_read_only_folder(small_disk, tmp_path, book, capsys):
     for verb in ("train", "prepare"):
         line = refuse(capsys, verb, book, "--out", small_disk / "out")
         assert re.search("read-only|permission", line)
+
+
+def test_demo_without_a_network(tmp_path, monkeypatch):
+    from glassgpt.demo import demo
+    from glassgpt.runlog import Progress
+
+    said: list[str] = []
+    progress = Progress()
+    progress.say = lambda text="": said.append(text)  # type: ignore[method-assign]
+    monkeypatch.chdir(tmp_path)
+    demo(progress, max_steps=3, eval_interval=3, eval_batches=2, sample_tokens=20)
+    told = "\n".join(said)
+    assert "using the Python manual" in told
+    assert "Before training it wrote" in told
+    assert re.search(r"Validation loss fell from [\d.]+ to [\d.]+ nats", told)
+    assert (tmp_path / "runs/demo/loss.png").exists()
+    assert (tmp_path / "runs/demo/model.safetensors").exists()
+    assert told.count("  glassgpt ") + told.count("bin/glassgpt ") == 3
