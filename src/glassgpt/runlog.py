@@ -102,9 +102,7 @@ class RunLog:
         if not self.path.exists():
             return
         kept = [json.dumps(row) for row in read_metrics(self.path) if row["step"] <= step]
-        temporary = self.path.with_name(".metrics.jsonl.partial")
-        temporary.write_text("".join(line + "\n" for line in kept))
-        temporary.replace(self.path)
+        _replace(self.path, "".join(line + "\n" for line in kept))
 
     def close(self) -> None:
         if self._board is not None:
@@ -124,6 +122,23 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def rewind_samples(path: Path, step: int) -> None:
+    """Forget the samples of samples.md that were drawn after `step`."""
+    if not path.exists():
+        return
+    sections = path.read_text(encoding="utf-8").split("## step ")
+    kept = [s for s in sections[1:] if s.split("\n", 1)[0].isdecimal()
+            and int(s.split("\n", 1)[0]) <= step]  # fmt: skip
+    _replace(path, "".join(f"## step {section}" for section in kept))
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.partial")
+    with explain_os_errors(f"write {path}"):
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+
+
 def _tensorboard(run: Path):
     try:
         from torch.utils.tensorboard import SummaryWriter
@@ -140,6 +155,15 @@ def _wandb(run: Path, options: Any):
     if "WANDB_API_KEY" not in os.environ:
         os.environ.setdefault("WANDB_MODE", "offline")  # `wandb sync` sends it later
     return wandb.init(project="glassgpt", name=run.name, dir=str(run), config=options)
+
+
+def format_seconds(seconds: float) -> str:
+    """95 -> "1m 35s"."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours}h {minutes:02}m"
+    return f"{minutes}m {rest:02}s" if minutes else f"{seconds:.0f}s"
 
 
 class ByteProgress:

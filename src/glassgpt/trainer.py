@@ -33,7 +33,7 @@ from glassgpt.generate import complete
 from glassgpt.model import GPT, load_weights
 from glassgpt.optim import learning_rate_at, make_optimizer, set_learning_rate
 from glassgpt.plot import loss_curve
-from glassgpt.runlog import Progress, RunLog, program
+from glassgpt.runlog import Progress, RunLog, format_seconds, program, rewind_samples
 from glassgpt.workers import Workers, useful_workers
 
 T_ = TypeVar("T_")
@@ -121,7 +121,7 @@ class Trainer:
         self.log = None
         if self.machine.is_main:
             RunLog(self.run).rewind(self.step)
-            _rewind_samples(self.run / "samples.md", self.step)
+            rewind_samples(self.run / "samples.md", self.step)
             self.log = RunLog(self.run, tensorboard=config.tensorboard, wandb=config.wandb,
                               options=self.options)  # fmt: skip
         self._describe()
@@ -217,8 +217,8 @@ class Trainer:
         """Cross-entropy, summed over the targets that count, in nats."""
         device = self.machine.device
         with self.machine.autocast():
-            logits = model(to_device(tokens, device))  # (B, T, V)
-        flat = to_device(targets, device).flatten()
+            logits = model(runtime.to_device(tokens, device))  # (B, T, V)
+        flat = runtime.to_device(targets, device).flatten()
         return F.cross_entropy(logits.flatten(0, 1).float(), flat, ignore_index=IGNORE,
                                reduction="sum")  # fmt: skip
 
@@ -323,7 +323,10 @@ class Trainer:
         [piece] = complete(ReferenceEngine(self.model), tokenizer, ids, how)
         text = (prompt or "") + piece.text
         self.samples = [*self.samples[:1], text]
-        with explain_os_errors(f"write {self.run}"), open(self.run / "samples.md", "a") as file:
+        with (
+            explain_os_errors(f"write {self.run}"),
+            open(self.run / "samples.md", "a", encoding="utf-8") as file,
+        ):
             file.write(f"## step {self.step}\n\n```\n{text.strip()}\n```\n\n")
 
     # -- keeping ---------------------------------------------------------------------------------
@@ -489,29 +492,3 @@ class Trainer:
 
 def _or_none(loss: float) -> float | None:
     return loss if math.isfinite(loss) else None
-
-
-def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    """int64 array -> tensor on `device`; from pinned memory, so that the copy needs no waiting."""
-    tensor = torch.from_numpy(np.ascontiguousarray(array))
-    if device.type == "cuda":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
-
-
-def format_seconds(seconds: float) -> str:
-    """95 -> "1m 35s"."""
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours}h {minutes:02}m"
-    return f"{minutes}m {rest:02}s" if minutes else f"{seconds:.0f}s"
-
-
-def _rewind_samples(path: Path, step: int) -> None:
-    if not path.exists():
-        return
-    sections = path.read_text().split("## step ")
-    kept = [s for s in sections[1:] if s.split("\n", 1)[0].isdecimal()
-            and int(s.split("\n", 1)[0]) <= step]  # fmt: skip
-    ckpt.write_file(path, "".join(f"## step {section}" for section in kept).encode())

@@ -341,3 +341,13 @@ def test_demo_without_a_network(tmp_path, monkeypatch):
     assert (tmp_path / "runs/demo/loss.png").exists()
     assert (tmp_path / "runs/demo/model.safetensors").exists()
     assert told.count("  glassgpt ") + told.count("bin/glassgpt ") == 3
+
+
+def test_tensorboard_and_wandb_without_an_account(tmp_path, book):
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")}
+    done = glassgpt("train", book, "--out", tmp_path / "run", *TINY, "--tensorboard", "--wandb",
+                    env=environment | {"WANDB_SILENT": "true"})  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert list((tmp_path / "run/tensorboard").glob("events.*"))
+    [offline] = (tmp_path / "run/wandb").glob("offline-run-*")
+    assert list(offline.glob("*.wandb"))
