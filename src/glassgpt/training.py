@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 
 from glassgpt import checkpoint as ckpt
 from glassgpt import runtime
@@ -103,8 +104,11 @@ def _open_data(
         inputs += sources.resolve([config.val]) if config.val else []
         key = data_key([sources.fingerprint(source) for source in inputs], config)
         folder = cache_dir() / "data" / key
-        if not is_prepared(folder):
-            prepare(names, folder, config, overwrite=True, progress=tell)
+        with explain_os_errors(f"write {folder}"):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_suffix(".lock")):  # a second training of the same text waits
+            if not is_prepared(folder):
+                prepare(names, folder, config, overwrite=True, progress=tell)
     if machine.world > 1:
         shared = [str(folder) if machine.is_main else ""]
         torch.distributed.broadcast_object_list(shared)

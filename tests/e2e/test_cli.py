@@ -351,3 +351,15 @@ def test_tensorboard_and_wandb_without_an_account(tmp_path, book):
     assert list((tmp_path / "run/tensorboard").glob("events.*"))
     [offline] = (tmp_path / "run/wandb").glob("offline-run-*")
     assert list(offline.glob("*.wandb"))
+
+
+def test_two_trainings_of_the_same_new_text_at_once(tmp_path, book):
+    book.write_text(f"{SENTENCE * 20000} {tmp_path}")  # new to the cache
+    commands = [[sys.executable, "-m", "glassgpt", "train", str(book), "--tokenizer", "bpe:300",
+                 "--out", str(tmp_path / name), *TINY, "--eval-batches", "2"]
+                for name in ("a", "b")]  # fmt: skip
+    both = [subprocess.Popen(c, stderr=subprocess.PIPE, text=True) for c in commands]
+    for process in both:
+        stderr = process.communicate(timeout=120)[1]
+        assert process.returncode == 0, stderr
+    assert _numbers(tmp_path / "a") == _numbers(tmp_path / "b")
