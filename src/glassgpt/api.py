@@ -79,6 +79,8 @@ class LoadedModel:
         for name in options:
             if name not in names:
                 raise UserError(f"unknown option {name!r}.{nearest(name, names)}")
+        if isinstance(options.get("stop"), str):
+            options["stop"] = (options["stop"],)
         how = Sampling(**options)
         ids = self.encode_prompt(prompt)
         if stream:

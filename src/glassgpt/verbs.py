@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any, TypedDict, get_type_hints
+from typing import Annotated, Any, Literal, TypedDict, get_type_hints
 
 from cyclopts import Group, Parameter
 
@@ -193,7 +193,7 @@ def sample(
     *,
     prompt: Annotated[str, Parameter(allow_leading_hyphen=True)] = "",
     completion_only: bool = False,
-    device: str = "auto",
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
     options: Annotated[SampleOptions, Parameter(name="*")] = {},  # noqa: B006
 ) -> None:
     """Let a trained model continue a prompt; prints the prompt and what follows.

@@ -156,6 +156,29 @@ def test_max_tokens_stops_early(tmp_path):
     assert report.val_tokens > 0
 
 
+@pytest.mark.parametrize("tokenizer", ["char", "byte", "bpe:300"])
+def test_max_tokens_of_one_document_leaves_some_to_validate(tmp_path, monkeypatch, tokenizer):
+    monkeypatch.setattr(module, "_PIECE_CHARS", 1000)
+    monkeypatch.setattr(module, "_JOB_CHARS", 1000)
+    (tmp_path / "a.txt").write_text(STORY * 2000)
+    config = DataConfig(tokenizer=tokenizer, max_tokens=20_000)
+    report = prepare([str(tmp_path / "a.txt")], tmp_path / "out", config)
+    assert 20_000 <= report.train_tokens + report.val_tokens < 30_000
+    assert report.train_tokens == pytest.approx(18_000, rel=0.1)
+    assert report.val_tokens > 1_000
+
+
+def test_overwrite_replaces_prepared_data_only(tmp_path):
+    (tmp_path / "a.txt").write_text(STORY * 9)
+    keep = tmp_path / "notes"
+    keep.mkdir()
+    (keep / "precious.txt").write_text("mine")
+    for out in (keep, keep / "precious.txt"):
+        with pytest.raises(UserError, match="leaves it alone"):
+            prepare([str(tmp_path / "a.txt")], out, DataConfig(), overwrite=True)
+    assert (keep / "precious.txt").read_text() == "mine"
+
+
 def test_what_is_no_text_is_refused_and_leaves_nothing(tmp_path):
     blank = tmp_path / "blank.txt"
     blank.write_text("  \n ")

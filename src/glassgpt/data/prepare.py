@@ -105,7 +105,9 @@ def prepare(
     if out.exists() and not overwrite and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists already with other content; choose another --out, "
                         "or say --overwrite")  # fmt: skip
-    partial = out.with_name(f".{out.name}.partial")
+    if out.exists() and not is_prepared(out) and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} is no prepared data; --overwrite leaves it alone")
+    partial, old = (out.with_name(f".{out.name}.{name}") for name in ("partial", "previous"))
     with explain_os_errors(f"write {out}"):
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -114,8 +116,9 @@ def prepare(
             meta = run.go() | {"fingerprint": key, "sources": stamps}
             _write_durably(partial / "meta.json", json.dumps(meta, indent=2).encode())
             if out.exists():
-                shutil.rmtree(out)
+                os.replace(out, old)
             os.replace(partial, out)
+            shutil.rmtree(old, ignore_errors=True)
         finally:  # an error or Ctrl-C leaves nothing behind
             shutil.rmtree(partial, ignore_errors=True)
     return run.report
@@ -216,7 +219,9 @@ class _Preparation:
         tell: Progress,
     ) -> None:
         self.inputs, self.val_inputs, self.folder, self.config = inputs, val_inputs, folder, config
-        self.workers = workers or len(os.sched_getaffinity(0))
+        has_affinity = hasattr(os, "sched_getaffinity")  # in a container fewer than all cores
+        cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count()
+        self.workers = workers or cores or 1
         self.tell = tell
         self.report = Report()
         self.hashes = array("q")
@@ -224,6 +229,7 @@ class _Preparation:
     def go(self) -> dict[str, Any]:
         split = _Split(val_documents=set()) if self.val_inputs else self._survey()
         self.tokenizer: Tokenizer = build_tokenizer(self.config.tokenizer, self._vocabulary_texts)
+        self._fit_to_max_tokens(split)
         dtype = "<u2" if self.tokenizer.vocab_size <= 1 << 16 else "<u4"
         self.writers = {name: _Writer(self.folder, name, dtype) for name in ("train", "val")}
         self.used = np.zeros(self.tokenizer.vocab_size, dtype=np.int64)
@@ -282,9 +288,17 @@ class _Preparation:
         n_val = int(documents * self.config.val_fraction)
         if n_val:
             return _Split(val_documents=set(sorted(range(documents), key=_spread)[:n_val]))
-        if self.config.max_tokens:  # a token is at least a character
-            characters = min(characters, 8 * self.config.max_tokens)
+        self.characters = characters
         return _Split(set(), val_from_char=int(characters * (1 - self.config.val_fraction)))
+
+    def _fit_to_max_tokens(self, split: _Split) -> None:
+        """One document cut short: its validation part must lie before the end that is left."""
+        if split.val_from_char is None or self.config.max_tokens is None:
+            return
+        first = next(self._pieces("looking through the text", self.inputs)).text
+        per_token = len(first) / len(self.tokenizer.encode_array(first))
+        characters = min(self.characters, int(self.config.max_tokens * per_token))
+        split.val_from_char = int(characters * (1 - self.config.val_fraction))
 
     def _parts(self, split: _Split) -> Iterator[_Part]:
         """Every piece of text with its split, in order; counts documents on the way."""
