@@ -185,13 +185,20 @@ class BPETokenizer(_Spec):
         text = self._normalize(text)
         if self.kind == "byte":
             return np.frombuffer(text.encode(), dtype=np.uint8).astype(np.uint32)
-        return self._encoding.encode_to_numpy(text, disallowed_special=())
+        try:
+            return self._encoding.encode_to_numpy(text, disallowed_special=())
+        except ValueError:  # a million blanks in a row exhaust the stack of tiktoken's patterns
+            halves = text[: len(text) // 2], text[len(text) // 2 :]
+            return np.concatenate([self.encode_array(half) for half in halves])
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         """`special=True` reads "<|endoftext|>" in the text as the one token, as prompts want."""
         if not special:
             return self.encode_array(text).tolist()
-        return self._encoding.encode(self._normalize(text), allowed_special="all")
+        try:
+            return self._encoding.encode(self._normalize(text), allowed_special="all")
+        except ValueError:  # as above
+            return self.encode_array(text).tolist()
 
     def _normalize(self, text: str) -> str:
         text = unicodedata.normalize("NFC", text) if self._nfc else text

@@ -446,3 +446,13 @@ def test_printable_stand_ins_are_gpt2s() -> None:
     assert alphabet[ord(" ")] == "Ġ"
     assert alphabet[ord("\n")] == "Ċ"
     assert all(alphabet[ord(c)] == c for c in string.punctuation + string.ascii_letters)
+
+
+def test_a_million_blanks_are_no_error():
+    """tiktoken's pattern engine gives up on such a run; we then cut it."""
+    text = " " * 1_200_000 + "x"
+    tokenizer = build_tokenizer("gpt2", lambda: iter(()))
+    with pytest.raises(ValueError, match="stack"):
+        tokenizer._encoding.encode_to_numpy(text)  # type: ignore[attr-defined]
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.decode(tokenizer.encode(text, special=True)) == text
