@@ -7,9 +7,11 @@
 ifneq ($(VIRTUAL_ENV),)
   ifeq ($(shell "$(VIRTUAL_ENV)/bin/python" -c "import torch" 2>/dev/null && echo yes),yes)
     VENV := $(VIRTUAL_ENV)
+    PINNED := ^torch==
   endif
 endif
 VENV ?= .venv
+PINNED ?= .
 PYTHON := $(VENV)/bin/python
 BASE_PYTHON ?= python3
 # One stamp per environment and set of extras; it is older than pyproject.toml when that changes.
@@ -43,10 +45,12 @@ $(STAMP)-dev: pyproject.toml constraints.txt | $(PYTHON)
 	$(call install,-e ".[dev]")
 	@touch $(STAMP)-demo
 
-# The torch that is there already takes the place of the pinned one.
+# The torch that is there already takes the place of the pinned one; an environment that is not ours
+# is held to nothing else.
 define install
 	@here=$$($(PYTHON) -c "import importlib.metadata as m; print(m.version('torch').split('+')[0])" 2>/dev/null); \
-	sed "s/^torch==.*/torch==$${here:-$$(sed -n 's/^torch==//p' constraints.txt)}/" constraints.txt > $@.constraints
+	sed "s/^torch==.*/torch==$${here:-$$(sed -n 's/^torch==//p' constraints.txt)}/" constraints.txt \
+		| grep "$(PINNED)" > $@.constraints
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check -c $@.constraints $(1)
 	@touch $@
 endef
