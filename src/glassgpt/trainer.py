@@ -111,7 +111,7 @@ class Trainer:
         self.seconds = state["seconds"]
         for name in ("first_val_loss", "best_val_loss"):
             setattr(self, name, math.inf if state[name] is None else state[name])
-        if self.step >= self.config.max_steps:
+        if self.step >= self.config.max_steps and self.evaluated_step == self.step:
             raise UserError(f"{self.run} is finished at step {self.step}; "
                             "--max-steps with a larger number goes on")  # fmt: skip
 

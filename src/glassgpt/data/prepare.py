@@ -105,8 +105,8 @@ def prepare(
     if out.exists() and not overwrite and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists already with other content; choose another --out, "
                         "or say --overwrite")  # fmt: skip
-    if out.exists() and not is_prepared(out) and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} is no prepared data; --overwrite leaves it alone")
+    if out.exists() and (not out.is_dir() or any(not _is_ours(path) for path in out.iterdir())):
+        raise UserError(f"{out} holds other files than prepared data; --overwrite leaves it alone")
     partial, old = (out.with_name(f".{out.name}.{name}") for name in ("partial", "previous"))
     with explain_os_errors(f"write {out}"):
         shutil.rmtree(partial, ignore_errors=True)
@@ -122,6 +122,12 @@ def prepare(
         finally:  # an error or Ctrl-C leaves nothing behind
             shutil.rmtree(partial, ignore_errors=True)
     return run.report
+
+
+def _is_ours(path: Path) -> bool:
+    """A file that `prepare` writes; nanoGPT's train.bin is somebody else's."""
+    numbered = path.name.startswith(("train-", "val-")) and path.suffix == ".bin"
+    return numbered or path.name in ("meta.json", "tokenizer.json", "tokenizer_config.json")
 
 
 def data_key(stamps: list[dict[str, Any]], config: DataConfig) -> str:
