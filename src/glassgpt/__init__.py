@@ -14,18 +14,21 @@ from typing import TYPE_CHECKING, Any
 from glassgpt.version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
     from glassgpt.api import LoadedModel as LoadedModel
     from glassgpt.training import TrainResult
 
 
-def load(path: str) -> LoadedModel:
+def load(path: str | Path, *, device: str = "auto") -> LoadedModel:
     """A trained model from its run directory. See `glassgpt.api.LoadedModel`."""
     from glassgpt.api import LoadedModel
 
-    return LoadedModel.from_folder(path)
+    return LoadedModel.from_folder(path, device)
 
 
-def train(data: str | list[str] | None = None, **options: Any) -> TrainResult:
+def train(data: str | Path | Sequence[str | Path] | None = None, **options: Any) -> TrainResult:
     """Train a GPT; the options of `glassgpt train` by name. See `glassgpt.training.train`."""
     from glassgpt.training import train as run
 

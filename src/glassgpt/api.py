@@ -5,7 +5,9 @@ The command line is a thin layer over this. torch is imported when the model is 
 
 from __future__ import annotations
 
+import operator
 import sys
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +17,7 @@ from glassgpt.checkpoint import Checkpoint, load_model
 from glassgpt.config import ModelConfig, Sampling
 from glassgpt.errors import UserError, nearest
 from glassgpt.generate import Piece, complete, stream
-from glassgpt.tokenizer import UNKNOWN, Tokenizer
+from glassgpt.tokenizer import Tokenizer, unknown_note
 
 if TYPE_CHECKING:
     from glassgpt.model import GPT
@@ -53,19 +55,15 @@ class LoadedModel:
         """Text or ids -> ids; raises `UserError` for ids outside the vocabulary."""
         if isinstance(prompt, str):
             return self.tokenizer.encode(prompt, special=True)
-        for token in prompt:
+        try:
+            tokens = [operator.index(token) for token in prompt]
+        except TypeError:
+            raise UserError(f"prompt={prompt!r} must be text or a list of token ids") from None
+        for token in tokens:
             if not 0 <= token < self.config.vocab_size:
                 raise UserError(f"token {token} is outside the vocabulary of "
                                 f"{self.config.vocab_size}")  # fmt: skip
-        return list(prompt)
-
-    def unknown_note(self, prompt: str) -> str | None:
-        """What to tell people about characters the model has never seen; None without any."""
-        unknown = self.tokenizer.unknown(prompt)
-        if not unknown:
-            return None
-        shown = " ".join(repr(char) for char in unknown[:10])
-        return f"not in the training text, read as {UNKNOWN}: {shown}"
+        return tokens
 
     def generate(
         self, prompt: str | Sequence[int] = "", *, stream: bool = False, **options: Any
@@ -79,8 +77,6 @@ class LoadedModel:
         for name in options:
             if name not in names:
                 raise UserError(f"unknown option {name!r}.{nearest(name, names)}")
-        if isinstance(options.get("stop"), str):
-            options["stop"] = (options["stop"],)
         how = Sampling(**options)
         ids = self.encode_prompt(prompt)
         if stream:
@@ -94,7 +90,7 @@ _stream = stream  # `generate` has an argument of the same name
 
 def print_samples(model: LoadedModel, prompt: str, how: Sampling, *, show_prompt: bool) -> None:
     """What `glassgpt sample` shows: text on stdout as it comes, notes on stderr."""
-    note = model.unknown_note(prompt)
+    note = unknown_note(model.tokenizer, prompt)
     if note:
         print(f"note: {note}", file=sys.stderr)
     ids = model.encode_prompt(prompt)
@@ -108,6 +104,12 @@ def print_samples(model: LoadedModel, prompt: str, how: Sampling, *, show_prompt
         print(flush=True)
         print(f"[{reason}]", file=sys.stderr)
         return
-    for piece in complete(model.engine, model.tokenizer, ids, how):
-        print(f"--- sample {piece.sample + 1} [{piece.finish_reason}]")
-        print(opening + piece.text, flush=True)
+    texts, reasons, shown = defaultdict(str), {}, 0
+    for piece in stream(model.engine, model.tokenizer, ids, how):
+        texts[piece.sample] += piece.text
+        if piece.finish_reason:
+            reasons[piece.sample] = piece.finish_reason
+        while shown in reasons:  # in order, each as soon as it can be
+            print(f"--- sample {shown + 1} [{reasons[shown]}]")
+            print(opening + texts.pop(shown), flush=True)
+            shown += 1

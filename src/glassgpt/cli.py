@@ -6,6 +6,7 @@ signatures and help stand in verbs.py.
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 
@@ -43,6 +44,9 @@ def make_app(arguments: list[str]) -> App:
 def main(arguments: list[str] | None = None) -> None:
     """Run one command; errors of the user become one line and exit status 2."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal that lacks a character shows "?"
+            stream.reconfigure(errors="replace")
     try:
         app = make_app(arguments)
         with explain_os_errors("go on"):  # what no room has explained better

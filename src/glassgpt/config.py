@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import tomllib
 import types
 import typing
@@ -26,6 +27,8 @@ Norm = Literal["layernorm", "rmsnorm"]
 Position = Literal["learned", "rope"]
 Activation = Literal["relu", "gelu", "gelu_tanh", "swiglu"]
 Family = Literal["gpt2", "llama", "qwen3"]
+_MOST_THREADS = 1024  # torch crashes on numbers that no machine has
+_MOST_SAMPLES = 100_000
 
 _SHAPES: dict[str, dict[str, Any]] = {
     "gpt2": dict(
@@ -195,9 +198,10 @@ class DataConfig:
     ] = 0.1
     val: Annotated[str | None, "file to validate on, instead of a fraction"] = None
     text_field: Annotated[str | None, "column or key with the text, in jsonl/csv/parquet"] = None
-    max_tokens: Annotated[int | None, "stop after about this many tokens"] = None
+    max_tokens: Annotated[int | None, "stop after this many tokens"] = None
 
     def __post_init__(self) -> None:
+        _check_types(self)
         if not 0 < self.val_fraction < 1:
             raise UserError(f"val_fraction={self.val_fraction} must lie between 0 and 1")
         if self.max_tokens is not None and self.max_tokens < 1:
@@ -224,9 +228,9 @@ class TrainConfig:
     beta2: Annotated[float, "AdamW's memory of its square"] = 0.99
     grad_clip: Annotated[float | None, "largest norm of the gradient ('none' for off)"] = 1.0
     eval_interval: Annotated[int, "steps between evaluations"] = 250
-    eval_batches: Annotated[int | None, "batches per evaluation [the whole validation split]"] = (
-        None
-    )
+    eval_batches: Annotated[
+        int | None, "batches of batch_tokens per evaluation [the whole validation split]"
+    ] = None
     patience: Annotated[int | None, "stop after this many evaluations without a new best"] = None
     checkpoint_interval: Annotated[int | None, "steps between checkpoints [eval_interval]"] = None
     sample_prompt: Annotated[str | None, "prompt of the samples [a line break]"] = None
@@ -244,6 +248,7 @@ class TrainConfig:
     wandb: Annotated[bool, "log to Weights & Biases as well (offline without an account)"] = False
 
     def __post_init__(self) -> None:
+        _check_types(self)
         for name in ("max_steps", "batch_tokens", "eval_interval", "log_interval"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1")
@@ -252,11 +257,18 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name}={value} must be at least 1 (leave it out for off)")
-        for name in ("warmup_steps", "sample_tokens", "weight_decay", "seed"):
+        for name in ("warmup_steps", "sample_tokens", "weight_decay"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name}={getattr(self, name)} can't be negative")
+        _check_seed(self.seed)
+        if self.threads is not None and self.threads > _MOST_THREADS:
+            raise UserError(f"threads={self.threads} must be at most {_MOST_THREADS}")
         if not self.learning_rate > 0:
             raise UserError(f"learning_rate={self.learning_rate} must be greater than 0")
+        lowest = self.min_learning_rate
+        if lowest is not None and not 0 <= lowest <= self.learning_rate:
+            raise UserError(f"min_learning_rate={lowest} must lie between 0 and learning_rate="
+                            f"{self.learning_rate}")  # fmt: skip
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be in [0, 1)")
@@ -283,10 +295,12 @@ class Sampling:
     num_samples: Annotated[int, "completions, drawn side by side"] = 1
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 0 or self.num_samples < 1:
-            raise UserError("max_new_tokens must be at least 0 and num_samples at least 1")
-        if not 0 <= self.seed < 1 << 63:
-            raise UserError(f"seed={self.seed} must be at least 0 and less than 2^63")
+        _check_types(self)
+        if self.max_new_tokens < 0:
+            raise UserError(f"max_new_tokens={self.max_new_tokens} can't be negative")
+        if not 1 <= self.num_samples <= _MOST_SAMPLES:
+            raise UserError(f"num_samples={self.num_samples} must be 1 to {_MOST_SAMPLES:,}")
+        _check_seed(self.seed)
         if not self.temperature >= 0:
             raise UserError(f"temperature={self.temperature} must be 0 or greater")
         if self.top_k is not None and self.top_k < 1:
@@ -306,7 +320,7 @@ class Sampling:
 
 def option_types() -> dict[str, Any]:
     """Name -> annotated type of every option of `train`, in the order people meet them."""
-    hints: dict[str, Any] = {"data": Annotated[str | None, "what to train on"]}
+    hints: dict[str, Any] = {"data": Annotated[tuple[str, ...] | None, "what to train on"]}
     hints["shape"] = Annotated[Shape, "architecture: modern (RMSNorm, RoPE, SwiGLU) or gpt2"]
     for cls in (TrainConfig, DataConfig, ModelConfig):
         hints |= typing.get_type_hints(cls, include_extras=True)
@@ -368,25 +382,50 @@ def check_options(options: dict[str, Any], where: str) -> dict[str, Any]:
     checked = {}
     for name, value in options.items():
         key = name.replace("-", "_")
+        if key not in hints and isinstance(value, dict):
+            raise UserError(f"{where}: no tables such as [{name}], please; every option is a line "
+                            "of its own at the top, like max_steps = 500")  # fmt: skip
         if key not in hints:
             raise UserError(f"unknown option {name!r} in {where}.{nearest(key, hints)}")
-        checked[key] = _check_value(key, value, hints[key], where)
+        if key in checked:
+            raise UserError(f"{key} stands twice in {where}")
+        checked[key] = _check_value(key, value, hints[key], f" in {where}")
     return checked
 
 
-def _check_value(name: str, value: Any, hint: Any, where: str) -> Any:
+def _check_types(config: DataConfig | TrainConfig | Sampling) -> None:
+    """Every field holds what its annotation says; numbers and paths are converted to it."""
+    for name, hint in typing.get_type_hints(type(config), include_extras=True).items():
+        object.__setattr__(config, name, _check_value(name, getattr(config, name), hint))
+
+
+def _check_seed(seed: int) -> None:
+    if not 0 <= seed < 1 << 63:
+        raise UserError(f"seed={seed} must be at least 0 and less than 2^63")
+
+
+def _check_value(name: str, value: Any, hint: Any, where: str = "") -> Any:
     kind = typing.get_args(hint)[0]  # Annotated[kind, "help"]
     if isinstance(kind, types.UnionType):
         if value is None or value == "none":
             return None
         kind = next(part for part in typing.get_args(kind) if part is not type(None))
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
     if typing.get_origin(kind) is Literal:
         choices = typing.get_args(kind)
         if value not in choices:
-            raise UserError(f"{name}={value!r} in {where}: choose from {', '.join(choices)}")
+            raise UserError(f"{name}={value!r}{where}: choose from {', '.join(choices)}")
         return value
+    if typing.get_origin(kind) is tuple:  # of strings; one may stand alone
+        items = [value] if isinstance(value, str) else value
+        if isinstance(items, (list, tuple)) and all(isinstance(item, str) for item in items):
+            return tuple(items)
+        raise UserError(f"{name}={value!r}{where} must be text, or a list of texts")
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        value = float(value) if abs(value) < 1 << 1000 else math.inf
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise UserError(f"{name}={value!r} in {where} must be of type {kind.__name__}")
+        raise UserError(f"{name}={value!r}{where} must be of type {kind.__name__}")
+    if kind is float and not math.isfinite(value):
+        raise UserError(f"{name}={value}{where} must be a finite number")
     return value

@@ -8,20 +8,21 @@ from typing import Any
 from glassgpt.data import corpora
 from glassgpt.errors import UserError
 from glassgpt.runlog import Progress, program
-from glassgpt.training import free_name, train
+from glassgpt.trainer import TrainResult
+from glassgpt.training import new_folder, train
 
 
-def demo(progress: Progress, out: str | None = None, **options: Any) -> None:
+def demo(progress: Progress, out: str | None = None, **options: Any) -> TrainResult:
     """Train the `demo` preset on Shakespeare, or on the Python manual without a network.
 
     `options` change the preset, as in `glassgpt.train`.
     """
     progress.say("GlassGPT demo: a small GPT learns to write, character by character.")
     text = _text_at_hand(progress)
-    run = Path(out) if out else free_name("demo")
+    run = Path(out) if out else new_folder("demo")
     result = train(text, preset="demo", out=str(run), progress=progress, **options)
     if not result.finished:
-        return
+        return result
     before, after = result.samples[0], result.samples[-1]
     progress.say(
         f"\nBefore training it wrote:\n\n{_indent(before, 3)}\n\n"
@@ -34,6 +35,7 @@ def demo(progress: Progress, out: str | None = None, **options: Any) -> None:
         f"  {program()} train {text} --preset demo --max-steps 5000 --out runs/longer\n"
         f"  {program()} train your-own-text.txt"
     )
+    return result
 
 
 def _text_at_hand(progress: Progress) -> str:

@@ -21,6 +21,7 @@ from glassgpt.engine import Engine
 from glassgpt.errors import UserError
 from glassgpt.tokenizer import IncrementalDecoder, Tokenizer
 
+_CACHE_NUMBERS = 1 << 28  # keys and values of the samples that grow side by side: 1 GB in float32
 FinishReason = Literal["length", "stop", "end_of_text"]
 
 
@@ -39,7 +40,7 @@ class Piece:
 def penalize_repetition(logits: np.ndarray, seen: np.ndarray, penalty: float) -> np.ndarray:
     """Lower the tokens in `seen` (ids): CTRL, arXiv:1909.05858, section 4.1."""
     logits = logits.copy()
-    seen = np.unique(seen)
+    seen = np.unique(seen[seen < len(logits)])  # a padded vocabulary has ids that none draws
     logits[seen] = np.where(logits[seen] > 0, logits[seen] / penalty, logits[seen] * penalty)
     return logits
 
@@ -78,11 +79,11 @@ def probabilities(logits: np.ndarray) -> np.ndarray:
 def filter_logits(logits: np.ndarray, seen: Sequence[int], how: Sampling) -> np.ndarray:
     """All filters of `how`, in order. Temperature 0 leaves only the likeliest token."""
     logits = logits.astype(np.float64)
-    if not np.all(logits < np.inf):
+    if not (np.all(logits < np.inf) and np.isfinite(logits.max())):
         raise UserError("the model's logits are not numbers (NaN): its weights are broken")
     if how.repetition_penalty is not None and len(seen):
         logits = penalize_repetition(logits, np.asarray(seen), how.repetition_penalty)
-    if how.temperature == 0:
+    if how.temperature < 1e-100:  # the quotient would overflow, and nothing else has a chance
         return keep_top_k(logits, 1)
     logits = logits / how.temperature
     if how.top_k is not None:
@@ -117,26 +118,37 @@ def window(tokens: np.ndarray, context_length: int) -> np.ndarray:
 def stream(
     engine: Engine, tokenizer: Tokenizer, prompt: Sequence[int], how: Sampling
 ) -> Iterator[Piece]:
-    """Grow `how.num_samples` completions of `prompt` (token ids) side by side.
+    """Grow `how.num_samples` completions of `prompt` (token ids), as many side by side as
+    memory should hold.
 
     Yields text as soon as whole characters are there and no stop string can begin in it. An
     empty prompt starts from the document separator, or from a line break where there is none.
     """
-    limit = engine.config.context_length
-    rows = [_Row(i, list(prompt), tokenizer, how) for i in range(how.num_samples)]
+    config = engine.config
+    per_row = 2 * config.n_layer * config.n_kv_head * config.head_dim * config.context_length
+    together = max(1, _CACHE_NUMBERS // max(per_row, config.vocab_size))
+    for first in range(0, how.num_samples, together):
+        samples = range(first, min(how.num_samples, first + together))
+        rows = [_Row(i, list(prompt), tokenizer, how) for i in samples]
+        yield from _grow(engine, tokenizer, rows, how)
+
+
+def _grow(engine: Engine, tokenizer: Tokenizer, rows: list[_Row], how: Sampling) -> Iterator[Piece]:
+    """One batch of completions, to the end."""
     if how.max_new_tokens == 0:
         yield from (Piece(row.index, "", "length") for row in rows)
         return
-    start = list(prompt) or _first_tokens(tokenizer)
-    tokens = np.array([start] * how.num_samples)
+    limit = engine.config.context_length
+    start = rows[0].seen or _first_tokens(tokenizer)
+    tokens = np.array([start] * len(rows))
     logits = engine.start(tokens[:, -limit:])
     length = min(len(start), limit)
     for position in range(how.max_new_tokens):
-        chosen = np.zeros(how.num_samples, dtype=np.int64)
-        for row in rows:
+        chosen = np.zeros(len(rows), dtype=np.int64)
+        for i, row in enumerate(rows):
             if not row.finished:
-                chosen[row.index] = row.choose(logits[row.index], position)
-                yield from row.take(int(chosen[row.index]))
+                chosen[i] = row.choose(logits[i], position)
+                yield from row.take(int(chosen[i]))
         if all(row.finished for row in rows):
             return
         if position + 1 == how.max_new_tokens:

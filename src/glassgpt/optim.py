@@ -9,7 +9,9 @@ data, loss or file.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
+import numpy as np
 import torch
 
 from glassgpt.config import TrainConfig
@@ -47,6 +49,34 @@ def make_optimizer(model: torch.nn.Module, config: TrainConfig) -> torch.optim.A
         betas=(config.beta1, config.beta2),
         fused=next(model.parameters()).device.type in ("cpu", "cuda", "mps"),
     )
+
+
+_ADAM_STATE = ("exp_avg", "exp_avg_sq", "step")
+
+
+def optimizer_tensors(
+    optimizer: torch.optim.Optimizer, model: torch.nn.Module
+) -> dict[str, np.ndarray]:
+    """What AdamW remembers, as "exp_avg.NAME-OF-PARAMETER" and so on; before its first step zeros,
+    from which it would go on in the same way."""
+    return {
+        f"{key}.{name}": np.asarray(optimizer.state[parameter][key].cpu())
+        if parameter in optimizer.state
+        else np.zeros(() if key == "step" else tuple(parameter.shape), np.float32)
+        for name, parameter in model.named_parameters()
+        for key in _ADAM_STATE
+    }
+
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, model: torch.nn.Module, tensors: Mapping[str, np.ndarray]
+) -> None:
+    """Take back what `optimizer_tensors` gave."""
+    for name, parameter in model.named_parameters():
+        parts = {key: torch.from_numpy(tensors[f"{key}.{name}"]) for key in _ADAM_STATE}
+        optimizer.state[parameter] = {
+            key: part.to(parameter.device) if part.dim() else part for key, part in parts.items()
+        }
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:

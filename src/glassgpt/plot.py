@@ -1,4 +1,4 @@
-"""Figures of runs. `loss_curve([Path("runs/book")], Path("loss.png"))`
+"""Figures of runs. `loss_curve(Path("runs/book"), Path("loss.png"), vocab_size=65)`
 
 Reads metrics.jsonl only; knows no model.
 """
@@ -6,56 +6,44 @@ Reads metrics.jsonl only; knows no model.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
 
-from glassgpt.errors import UserError
+from glassgpt.errors import explain_os_errors
 from glassgpt.runlog import read_metrics
 
 
-def loss_curve(
-    runs: Sequence[Path], target: Path, *, vocab_size: int | None = None, x: str = "step"
-) -> None:
-    """Training and validation loss of `runs` against "step", "tokens" or "seconds".
+def loss_curve(run: Path, target: Path, *, vocab_size: int) -> None:
+    """Training and validation loss of a run against its steps, and a line at ln(vocab_size):
+    the loss of guessing every token with equal chance."""
+    from matplotlib.figure import Figure  # pyplot would keep figures, and choose a display
 
-    With `vocab_size`, a line at ln(V): the loss of guessing every token with equal chance.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(8, 5))
-    for index, run in enumerate(runs):
-        rows = read_metrics(run / "metrics.jsonl")
-        color = f"C{index}"
-        label = f"{run.name} " if len(runs) > 1 else ""
-        train = [(row[x], row["train_loss"]) for row in rows if row.get("train_loss") is not None]
-        val = [(row[x], row["val_loss"]) for row in rows if row.get("val_loss") is not None]
-        if not train and not val:
-            raise UserError(f"{run / 'metrics.jsonl'} holds no losses yet")
-        if train:
-            axes.plot(*zip(*train, strict=True), color=color, alpha=0.25, linewidth=0.8)
-            axes.plot(*zip(*_smooth(train), strict=True), color=color, label=f"{label}training")
-        if val:
-            axes.plot(*zip(*val, strict=True), "o--", color=color, markersize=4,
-                      markerfacecolor="white", label=f"{label}validation")  # fmt: skip
-            step, best = min(val, key=lambda point: point[1])
-            axes.annotate(f"{best:.3f}", (step, best), textcoords="offset points",
-                          xytext=(0, 8), ha="center", color=color)  # fmt: skip
-    if vocab_size is not None:
-        guessing = math.log(vocab_size)
-        label = f"guessing: ln({vocab_size:,}) = {guessing:.2f}"
-        axes.axhline(guessing, color="gray", linewidth=0.8, linestyle=":", label=label)
-    axes.set_xlabel({"step": "step", "tokens": "tokens", "seconds": "seconds"}[x])
+    rows = read_metrics(run / "metrics.jsonl")
+    figure = Figure(figsize=(8, 5), layout="tight")
+    axes = figure.subplots()
+    train, val = (
+        [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+        for name in ("train_loss", "val_loss")
+    )
+    if train:
+        axes.plot(*zip(*train, strict=True), color="C0", alpha=0.25, linewidth=0.8)
+        axes.plot(*zip(*_smooth(train), strict=True), color="C0", label="training")
+    if val:
+        axes.plot(*zip(*val, strict=True), "o--", color="C0", markersize=4,
+                  markerfacecolor="white", label="validation")  # fmt: skip
+        step, best = min(val, key=lambda point: point[1])
+        axes.annotate(f"{best:.3f}", (step, best), textcoords="offset points",
+                      xytext=(0, 8), ha="center", color="C0")  # fmt: skip
+    guessing = math.log(vocab_size)
+    label = f"guessing: ln({vocab_size:,}) = {guessing:.2f}"
+    axes.axhline(guessing, color="gray", linewidth=0.8, linestyle=":", label=label)
+    axes.set_xlabel("step")
     axes.set_ylabel("loss (nats per token)")
     axes.grid(alpha=0.2)
     axes.legend()
-    figure.tight_layout()
     temporary = target.with_name(f".partial-{target.name}")
-    figure.savefig(temporary, dpi=120)
-    plt.close(figure)
-    temporary.replace(target)
+    with explain_os_errors(f"write {target}"):
+        figure.savefig(temporary, dpi=120)
+        temporary.replace(target)
 
 
 def _smooth(points: list[tuple[float, float]]) -> list[tuple[float, float]]:

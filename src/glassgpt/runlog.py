@@ -122,6 +122,15 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def write_sample(path: Path, step: int, text: str) -> None:
+    """Add a section to samples.md."""
+    with (
+        explain_os_errors(f"write {path}"),
+        open(path, "a", encoding="utf-8", errors="replace") as file,  # half characters of a prompt
+    ):
+        file.write(f"## step {step}\n\n```\n{text.strip()}\n```\n\n")
+
+
 def rewind_samples(path: Path, step: int) -> None:
     """Forget the samples of samples.md that were drawn after `step`."""
     if not path.exists():

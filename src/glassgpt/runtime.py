@@ -12,13 +12,18 @@ import os
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from filelock import FileLock, Timeout
 
 from glassgpt.config import TrainConfig
-from glassgpt.errors import UserError
+from glassgpt.errors import UserError, explain_os_errors
+
+T_ = TypeVar("T_")
 
 # Dense 16-bit matrix products per second, from the makers' data sheets; for MFU.
 _PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12,
@@ -60,6 +65,14 @@ class Machine:
         dist.all_reduce(tensor)
         return tensor.tolist()
 
+    def share(self, value: T_) -> T_:
+        """The main process's `value`, in all of them."""
+        if self.world == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, device=self.device)
+        return box[0]
+
     def barrier(self) -> None:
         if self.world > 1:
             dist.barrier()
@@ -98,6 +111,8 @@ def choose_device(name: str) -> str:
              "mps": torch.backends.mps.is_available()}  # fmt: skip
     if name == "auto":
         return next(device for device in ("cuda", "mps", "cpu") if there[device])
+    if name not in there:
+        raise UserError(f"device={name!r}: choose auto, {', '.join(there)}")
     if not there[name]:
         raise UserError(f"device={name}: torch finds none on this machine; use --device auto")
     return name
@@ -137,14 +152,35 @@ def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
     return tensor.to(device)
 
 
+@contextlib.contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Hold `folder` for this process alone; raises `UserError` while another one has it."""
+    lock = FileLock(folder / ".lock", timeout=0)
+    try:
+        with explain_os_errors(f"write {folder}"):
+            lock.acquire()
+    except Timeout:
+        raise UserError(f"{folder} is in use by another process; wait for it, or choose another "
+                        "--out") from None  # fmt: skip
+    try:
+        yield
+    finally:
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
+
+
 class StopRequest:
     """Set by the first Ctrl-C or SIGTERM; a second one ends the process at once."""
 
     def __init__(self) -> None:
-        self.requested = False
+        self.signal: int | None = None
+
+    @property
+    def requested(self) -> bool:
+        return self.signal is not None
 
     def _handle(self, signum: int, frame: object) -> None:
-        self.requested = True
+        self.signal = signum
         signal.signal(signum, self._before[signum])
 
     @contextlib.contextmanager

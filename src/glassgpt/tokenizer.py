@@ -348,6 +348,13 @@ def to_files(tokenizer: Tokenizer, context_length: int | None = None) -> dict[st
     }
 
 
+def unknown_note(tokenizer: Tokenizer, text: str) -> str | None:
+    """What to tell people about characters the model has never seen; None without any."""
+    unknown = tokenizer.unknown(text)
+    shown = " ".join(repr(char) for char in unknown[:10])
+    return f"not in the training text, read as {UNKNOWN}: {shown}" if unknown else None
+
+
 def fingerprint(tokenizer: Tokenizer) -> str:
     """Equal for tokenizers that give equal ids; stored with data and runs."""
     text = json.dumps(tokenizer.spec, sort_keys=True)

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shlex
+import signal
 import time
 import warnings
 from collections import deque
@@ -28,17 +30,23 @@ from glassgpt import runtime
 from glassgpt.config import ModelConfig, Sampling, TrainConfig
 from glassgpt.data.batches import IGNORE, Dataset, TokenFiles
 from glassgpt.engine.reference import ReferenceEngine
-from glassgpt.errors import UserError, explain_os_errors
+from glassgpt.errors import UserError
 from glassgpt.generate import complete
 from glassgpt.model import GPT, load_weights
-from glassgpt.optim import learning_rate_at, make_optimizer, set_learning_rate
+from glassgpt.optim import (
+    learning_rate_at,
+    make_optimizer,
+    optimizer_tensors,
+    restore_optimizer,
+    set_learning_rate,
+)
 from glassgpt.plot import loss_curve
-from glassgpt.runlog import Progress, RunLog, format_seconds, program, rewind_samples
+from glassgpt.runlog import Progress, RunLog, format_seconds, program, rewind_samples, write_sample
+from glassgpt.tokenizer import unknown_note
 from glassgpt.workers import Workers, useful_workers
 
 T_ = TypeVar("T_")
 _EVAL_LOGITS = 1 << 24  # numbers per evaluation batch: large batches are fast, but must fit
-_ADAM_STATE = ("exp_avg", "exp_avg_sq", "step")
 _RESUMED = ("step", "evaluations_without_best", "evaluated_step", "micro_batch_size", "samples")
 
 
@@ -51,8 +59,12 @@ class TrainResult:
     first_val_loss: float
     best_val_loss: float
     seconds: float
-    finished: bool  # False: interrupted, and can be resumed
     samples: tuple[str, ...]  # the first and the latest
+    signal: int | None = None  # of the signal that interrupted it; it can be resumed
+
+    @property
+    def finished(self) -> bool:
+        return self.signal is None
 
 
 class Trainer:
@@ -98,12 +110,7 @@ class Trainer:
     ) -> None:
         """Continue where `save` left off."""
         load_weights(self.model, saved.weights)
-        for name, parameter in self.model.named_parameters():
-            parts = {key: torch.from_numpy(optimizer[f"{key}.{name}"]) for key in _ADAM_STATE}
-            self.optimizer.state[parameter] = {
-                key: part.to(parameter.device) if part.dim() else part
-                for key, part in parts.items()
-            }
+        restore_optimizer(self.optimizer, self.model, optimizer)
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         for name in _RESUMED:
@@ -117,36 +124,43 @@ class Trainer:
 
     def fit(self) -> TrainResult:
         """Train until `max_steps`, until patience is exhausted, or until asked to stop."""
-        config = self.config
         self.log = None
         if self.machine.is_main:
             RunLog(self.run).rewind(self.step)
             rewind_samples(self.run / "samples.md", self.step)
-            self.log = RunLog(self.run, tensorboard=config.tensorboard, wandb=config.wandb,
-                              options=self.options)  # fmt: skip
+            self.log = RunLog(self.run, tensorboard=self.config.tensorboard,
+                              wandb=self.config.wandb, options=self.options)  # fmt: skip
         self._describe()
         self._compile()
         self.started = self._tick = time.monotonic()
         self._tick_step = self.step
-        finished = True
         with runtime.StopRequest().listening() as self.stop:
-            while True:
-                done = self.step >= config.max_steps
-                due = done or self.step % config.eval_interval == 0
-                if due and self.evaluated_step != self.step:
-                    self._evaluate_and_keep_best()
-                elif config.checkpoint_interval and self.step % config.checkpoint_interval == 0:
-                    self.save()
-                patience = config.patience or math.inf
-                if self._stop_requested():
-                    finished = done and self.evaluated_step == self.step
-                    break
-                if done or self.evaluations_without_best >= patience:
-                    break
-                self._train_step()
+            try:
+                finished = self._loop()
+            except KeyboardInterrupt:  # a second Ctrl-C, or one where nobody listens
+                self.progress.close()
+                self.progress.say(f"stopped at once; go on from the last checkpoint with: "
+                                  f"{self._how_to_resume}")  # fmt: skip
+                raise
         if not finished:
             self.save()
         return self._finish(finished)
+
+    def _loop(self) -> bool:
+        """Steps, evaluations and checkpoints in turn; False when asked to stop before the end."""
+        config = self.config
+        while True:
+            done = self.step >= config.max_steps
+            due = done or self.step % config.eval_interval == 0
+            if due and self.evaluated_step != self.step:
+                self._evaluate_and_keep_best()
+            elif config.checkpoint_interval and self.step % config.checkpoint_interval == 0:
+                self.save()
+            if self._stop_requested():
+                return done and self.evaluated_step == self.step
+            if done or self.evaluations_without_best >= (config.patience or math.inf):
+                return True
+            self._train_step()
 
     def _train_step(self) -> None:
         config, step = self.config, self.step
@@ -294,19 +308,20 @@ class Trainer:
             if not self.compiled:  # no gradients: more fits at once, and large batches are faster
                 fit = _EVAL_LOGITS // (self.T * self.model.config.vocab_size)
                 rows = max(rows, min(4 * rows, fit))
-            batches = split.windows(n=rows, T=self.T, rank=machine.rank, world=machine.world)
+            batches = split.windows(n=rows, T=self.T, rank=machine.rank, world=machine.world,
+                                    limit=limit)  # fmt: skip
             total = count = 0.0
             for number, (tokens, targets) in enumerate(batches):
-                if number == self.config.eval_batches or self._stop_now():
+                if self._stop_now():
                     break
                 if number % 64 == 63:
-                    share = count * machine.world / len(split)
+                    share = count * machine.world / (limit * self.T if limit else len(split))
                     self.progress.status(f"evaluating: {share:.0%} of the validation text")
                 total += sum(self.workers.map(work, tokens, targets))
                 count += int(np.count_nonzero(targets != IGNORE))
             return total, count
 
-        machine = self.machine
+        machine, limit = self.machine, (self.config.eval_batches or 0) * self.rows_per_step or None
         total, count = self._shrinking_to_memory(attempt)
         for model in (self.model, *self.workers.models):
             model.train()
@@ -323,11 +338,7 @@ class Trainer:
         [piece] = complete(ReferenceEngine(self.model), tokenizer, ids, how)
         text = (prompt or "") + piece.text
         self.samples = [*self.samples[:1], text]
-        with (
-            explain_os_errors(f"write {self.run}"),
-            open(self.run / "samples.md", "a", encoding="utf-8") as file,
-        ):
-            file.write(f"## step {self.step}\n\n```\n{text.strip()}\n```\n\n")
+        write_sample(self.run / "samples.md", self.step, text)
 
     # -- keeping ---------------------------------------------------------------------------------
 
@@ -335,18 +346,7 @@ class Trainer:
         """Replace `checkpoints/last` by the present moment."""
         if not self.machine.is_main:
             return
-        optimizer = {
-            f"{key}.{name}": np.asarray(self.optimizer.state[parameter][key].cpu())
-            for name, parameter in self.model.named_parameters()
-            for key in _ADAM_STATE
-            if parameter in self.optimizer.state
-        }
-        if not optimizer:  # before the first step Adam has seen nothing
-            optimizer = {
-                f"{key}.{name}": np.zeros(() if key == "step" else tuple(p.shape), np.float32)
-                for name, p in self.model.named_parameters()
-                for key in _ADAM_STATE
-            }
+        optimizer = optimizer_tensors(self.optimizer, self.model)
         state = {name: getattr(self, name) for name in _RESUMED}
         state |= {
             "seconds": self._elapsed(),
@@ -383,17 +383,21 @@ class Trainer:
             self.log.close()
             if self.evaluated_step is not None:
                 size = self.model.config.vocab_size
-                loss_curve([self.run], self.run / "loss.png", vocab_size=size)
+                loss_curve(self.run, self.run / "loss.png", vocab_size=size)
         if not finished:
-            self.progress.say(f"stopped at step {self.step:,}; go on with: "
-                              f"{program()} train --resume {self.run}")  # fmt: skip
+            self.progress.say(f"stopped at step {self.step:,}; go on with: {self._how_to_resume}")
         elif self.step < self.config.max_steps:
             self.progress.say(f"stopped early at step {self.step:,}: no better validation loss in "
                               f"{self.config.patience} evaluations")  # fmt: skip
+        stopped_by = None if finished else self.stop.signal or signal.SIGTERM  # another rank's
         return TrainResult(self.run, self.step, self.first_val_loss, self.best_val_loss,
-                           self._elapsed(), finished, tuple(self.samples))  # fmt: skip
+                           self._elapsed(), tuple(self.samples), stopped_by)  # fmt: skip
 
     # -- small things ----------------------------------------------------------------------------
+
+    @property
+    def _how_to_resume(self) -> str:
+        return f"{program()} train --resume {shlex.quote(str(self.run))}"
 
     def _describe(self) -> None:
         if not self.machine.is_main:
@@ -412,6 +416,8 @@ class Trainer:
             + (f", {accumulated} micro-batches a step" if accumulated > 1 else "")
             + f") on {self.machine.device} in {precision} -> {self.run}"
         )
+        if note := unknown_note(data.tokenizer, self.config.sample_prompt or ""):
+            self.progress.say(f"note: --sample-prompt: {note}")
 
     def _make_workers(self) -> Workers:
         """The model as training calls it: on every core of a CPU, in every process, compiled."""

@@ -6,7 +6,13 @@ over to the loop in trainer.py.
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
+import re
+import shlex
 import shutil
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +27,18 @@ from glassgpt.data.batches import Dataset, is_prepared, load_data
 from glassgpt.data.download import cache_dir
 from glassgpt.data.prepare import data_key, prepare
 from glassgpt.errors import UserError, explain_os_errors
-from glassgpt.runlog import ByteProgress, Progress
+from glassgpt.runlog import ByteProgress, Progress, program
 from glassgpt.trainer import Trainer, TrainResult
+
+# All that a run directory may hold: --overwrite deletes nothing that somebody else put there.
+_RUN_FILES = re.compile(
+    r"(config|generation_config|tokenizer|tokenizer_config|glassgpt)\.json|model\.safetensors"
+    r"|metrics\.jsonl|samples\.md|loss\.png|checkpoints|tensorboard|wandb|\.lock|\..*partial.*"
+)
 
 
 def train(
-    data: str | list[str] | None = None,
+    data: str | Path | Sequence[str | Path] | None = None,
     *,
     preset: str | None = None,
     config: str | Path | None = None,
@@ -41,63 +53,82 @@ def train(
     from its newest checkpoint. Raises `UserError` for anything the caller can put right.
     """
     progress = progress or Progress()
-    names = [data] if isinstance(data, str) else list(data or [])
-    options = resolve_options(options, preset=preset, config=config)
+    given = resolve_options(options, preset=preset, config=config)
+    asked = set(resolve_options(options, config=config))  # a preset asks for nothing by name
     saved = None
     if resume is not None:
         saved = ckpt.load_training(resume)
-        fixed = {"shape", "tokenizer", *names_of(ModelConfig)} & set(options)
-        if fixed:
-            raise UserError(f"{', '.join(sorted(fixed))} can't change when resuming {resume}; "
-                            "leave it out, or start a new run")  # fmt: skip
-        options = saved[2]["options"] | options | {"out": str(resume)}
-    if not names and options.get("data"):
-        names = options["data"] if isinstance(options["data"], list) else [options["data"]]
-    if not names:
+        _check_resumable(given, resume, overwrite)
+        given = saved[2]["options"] | given | {"out": str(resume)}
+    names = [data] if isinstance(data, (str, os.PathLike)) else list(data or ())
+    names = [os.fspath(name) for name in names]
+    if saved is not None and not names and is_prepared(saved[2]["data_path"]):
+        names = [saved[2]["data_path"]]
+    named = names or list(given.get("data") or ())
+    if not named:
         raise UserError("nothing to train on; name a text file, a folder or a corpus")
-    model_options, data_config, train_config = split_options(options)
+    model_options, data_config, train_config = split_options(given)
     threads = torch.get_num_threads()
     machine = runtime.start(train_config)
     try:
-        dataset = _open_data(names, data_config, saved, machine, progress)
+        try:
+            dataset = _open_data(named, data_config, asked, machine, progress)
+        except UserError as error:
+            if saved is None or names:
+                raise
+            raise UserError(f"{error}; if the text has moved: {program()} train NEW-PATH --resume "
+                            f"{shlex.quote(str(resume))}") from error  # fmt: skip
         if saved is not None:
             model_config = saved[0].config
             if saved[2]["data_fingerprint"] != dataset.fingerprint:
-                raise UserError(f"{names[0]} has changed since {resume} was started; "
+                raise UserError(f"{named[0]} has changed since {resume} was started; "
                                 "resume with the same data, or start anew")  # fmt: skip
         else:
+            given["data"] = tuple(named)
             model_config = ModelConfig.from_shape(
                 model_options.pop("shape"), vocab_size=dataset.tokenizer.vocab_size, **model_options
             )
         dataset.check_fits(model_config.context_length)
-        run = Path(train_config.out) if train_config.out else free_name(names[0])
-        if saved is None and machine.is_main:
-            _make_run_folder(run, overwrite)
-        machine.barrier()
-        options = {**options, "data": names}
-        trainer = Trainer(run, model_config, train_config, dataset, machine, progress, options)
-        if saved is not None:
-            trainer.restore(*saved)
-        result = trainer.fit()
-        machine.barrier()  # who leaves early takes the others' connections down
-        return result
+        with contextlib.ExitStack() as held:
+            run = Path(train_config.out or "")
+            if machine.is_main:
+                run = run if train_config.out else new_folder(named[0])
+                held.enter_context(_own(run, overwrite, resuming=saved is not None))
+            run = machine.share(run)
+            trainer = Trainer(run, model_config, train_config, dataset, machine, progress, given)
+            if saved is not None:
+                trainer.restore(*saved)
+            result = trainer.fit()
+            machine.barrier()  # who leaves early takes the others' connections down
+            return result
     finally:
         torch.set_num_threads(threads)  # the caller's, who may go on
         runtime.stop()
 
 
+def _check_resumable(given: dict[str, Any], run: str | Path, overwrite: bool) -> None:
+    """A run goes on where it is, as what it is: only the training options may change."""
+    fixed = {"shape", "out", *names_of(ModelConfig), *names_of(DataConfig)} & set(given)
+    fixed |= {"overwrite"} if overwrite else set()
+    if fixed:
+        raise UserError(f"{', '.join(sorted(fixed))} can't change when resuming {run}; "
+                        "leave it out, or start a new run")  # fmt: skip
+
+
 def _open_data(
     names: list[str],
     config: DataConfig,
-    saved: tuple | None,
+    asked: set[str],
     machine: runtime.Machine,
     progress: Progress,
 ) -> Dataset:
-    """Prepared data as it is; text is prepared first, into the cache, once per content."""
+    """Prepared data as it is; text is prepared first, into the cache, once per content.
+
+    `asked`: the options that the user named, which prepared data can't follow any more.
+    """
     if len(names) == 1 and is_prepared(names[0]):
+        _check_prepared_as_asked(names[0], config, asked)
         return load_data(names[0])
-    if saved is not None and is_prepared(saved[2]["data_path"]):
-        return load_data(saved[2]["data_path"])
     tell, folder = ByteProgress(progress), Path()
     if machine.is_main:
         inputs = sources.resolve(names, progress=tell)
@@ -109,27 +140,58 @@ def _open_data(
         with FileLock(folder.with_suffix(".lock")):  # a second training of the same text waits
             if not is_prepared(folder):
                 prepare(names, folder, config, overwrite=True, progress=tell)
-    if machine.world > 1:
-        shared = [str(folder) if machine.is_main else ""]
-        torch.distributed.broadcast_object_list(shared)
-        folder = Path(shared[0])
-    return load_data(folder)
+    return load_data(machine.share(folder))
 
 
-def free_name(data: str) -> Path:
-    """runs/book, or runs/book-2 when that is taken."""
-    stem = Path(data).name.split(".")[0] or "model"
-    names = (Path("runs") / (stem if n == 1 else f"{stem}-{n}") for n in range(1, 1_000_000))
-    return next(path for path in names if not path.exists())
+def _check_prepared_as_asked(folder: str, config: DataConfig, asked: set[str]) -> None:
+    try:
+        stored = json.loads((Path(folder) / "meta.json").read_bytes()).get("options", {})
+    except (OSError, ValueError):  # nanoGPT's folder; a damaged one is reported on loading
+        stored = {}
+    for name in sorted(asked & names_of(DataConfig)):
+        if stored.get(name, "") != getattr(config, name):
+            raise UserError(f"{folder} is prepared already, so {name}={getattr(config, name)} "
+                            "can't be followed; prepare the text anew with it")  # fmt: skip
 
 
-def _make_run_folder(run: Path, overwrite: bool) -> None:
+def new_folder(data: str) -> Path:
+    """Make runs/book, or runs/book-2 when that is taken; of two processes each gets its own."""
+    stem = re.sub(r"[^\w.-]+", "-", Path(data).name.split(".")[0]).strip("-.") or "model"
+    for n in range(1, 1_000_000):
+        path = Path("runs") / (stem if n == 1 else f"{stem}-{n}")
+        with explain_os_errors(f"write {path}"):
+            path.parent.mkdir(exist_ok=True)
+            with contextlib.suppress(FileExistsError):
+                path.mkdir()
+                return path
+    raise UserError(f"runs/{stem} is taken a million times; choose an --out")
+
+
+@contextlib.contextmanager
+def _own(run: Path, overwrite: bool, *, resuming: bool) -> Iterator[None]:
+    """Hold the run directory for this process; unless `resuming`, new or emptied."""
     with explain_os_errors(f"write {run}"):
-        if run.exists() and (not run.is_dir() or any(run.iterdir())):
-            if not overwrite:
-                raise UserError(f"{run} exists already; continue it with --resume {run}, choose "
-                                "another --out, or say --overwrite")  # fmt: skip
-            if not run.is_dir() or not (run / "glassgpt.json").exists():
-                raise UserError(f"{run} is no run directory; --overwrite leaves it alone")
-            shutil.rmtree(run)
+        if not resuming:
+            _check_replaceable(run, overwrite)
         run.mkdir(parents=True, exist_ok=True)
+    with runtime.exclusive(run):
+        with explain_os_errors(f"write {run}"):
+            for path in run.iterdir() if not resuming else ():
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                elif path.name != ".lock":
+                    path.unlink()
+        yield
+
+
+def _check_replaceable(run: Path, overwrite: bool) -> None:
+    there = {path.name for path in run.iterdir()} - {".lock"} if run.is_dir() else set()
+    if not there and not run.is_file():
+        return
+    if not overwrite:
+        raise UserError(f"{run} exists already; continue it with --resume {shlex.quote(str(run))}, "
+                        "choose another --out, or say --overwrite")  # fmt: skip
+    foreign = sorted(name for name in there if not _RUN_FILES.fullmatch(name))
+    if run.is_file() or foreign:
+        what = f"no training wrote {foreign[0]}" if foreign else "it is a file"
+        raise UserError(f"{run} is no run directory ({what}); --overwrite leaves it alone")

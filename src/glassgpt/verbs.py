@@ -7,9 +7,10 @@ Their options are the fields of the dataclasses in config.py. Loaded when a verb
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypedDict, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict, get_type_hints
 
 from cyclopts import Group, Parameter
 
@@ -20,7 +21,11 @@ from glassgpt.config import (
     TrainConfig,
     names_of,
     option_types,
+    preset_names,
 )
+
+if TYPE_CHECKING:
+    from glassgpt.trainer import TrainResult
 
 
 def _options(name: str, hints: dict[str, Any], groups: dict[str, Group] | None = None) -> Any:
@@ -75,7 +80,7 @@ def demo(*, out: str | None = None) -> None:
     from glassgpt.demo import demo as run
     from glassgpt.runlog import Terminal
 
-    run(Terminal(), out)
+    _exit_status(run(Terminal(), out))
 
 
 def prepare(
@@ -131,7 +136,9 @@ def train(
     data: Annotated[list[str] | None, Parameter(negative_iterable=())] = None,
     /,
     *,
-    preset: str | None = None,
+    preset: Annotated[
+        str | None, Parameter(help=f"A packaged recipe: {', '.join(preset_names())}.")
+    ] = None,
     config: str | None = None,
     resume: str | None = None,
     overwrite: bool = False,
@@ -140,8 +147,8 @@ def train(
     """Train a GPT on text and keep it as a run directory that other tools load as it is.
 
     DATA is a text file, a folder, a corpus (`shakespeare`), or a folder made by `prepare`.
-    Ctrl-C stops after the step, saves, and says how to go on. Every option can also stand in a
-    TOML file; precedence: defaults < --preset < --config < command line.
+    Ctrl-C stops after the step, saves, says how to go on, and ends with status 130. Every option
+    can also stand in a TOML file; precedence: defaults < --preset < --config < command line.
 
     Examples:
 
@@ -159,9 +166,6 @@ def train(
     ----------
     data:
         What to train on.
-    preset:
-        A packaged recipe: bigram, gpt2-124m, shakespeare-char, shakespeare-cpu, textbook-bpe,
-        tinystories-char.
     config:
         TOML file with options.
     resume:
@@ -179,12 +183,14 @@ def train(
                      progress=terminal, **options)  # fmt: skip
     finally:
         terminal.close()
-    if main_process and result.finished:
+    _exit_status(result)
+    if main_process:
         terminal.say(
             f"best val loss {result.best_val_loss:.4f} (at the start {result.first_val_loss:.4f})"
             f" · loss curve: {result.run / 'loss.png'}"
         )
-        terminal.say(f'next: {program()} sample {result.run} --prompt "Once upon a time"')
+        shown = shlex.quote(str(result.run))
+        terminal.say(f'next: {program()} sample {shown} --prompt "Once upon a time"')
 
 
 def sample(
@@ -223,10 +229,15 @@ def sample(
     import glassgpt
     from glassgpt.api import print_samples
 
-    model = glassgpt.load(run)
-    model.device = device
+    model = glassgpt.load(run, device=device)
     how = Sampling(**options)
     print_samples(model, read_prompt(prompt), how, show_prompt=not completion_only)
+
+
+def _exit_status(result: TrainResult) -> None:
+    """An interrupted training ends as a shell says it: 130 after Ctrl-C, 143 after SIGTERM."""
+    if result.signal is not None:
+        raise SystemExit(128 + result.signal)
 
 
 def read_prompt(prompt: str) -> str:

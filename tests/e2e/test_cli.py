@@ -201,6 +201,42 @@ def test_output_into_a_closed_pipe_is_no_traceback(run):
     assert "Traceback" not in done.stderr
 
 
+def test_an_interrupted_training_says_so_to_the_shell(tmp_path, book):
+    command = [sys.executable, "-m", "glassgpt", "train", str(book), "--out", str(tmp_path / "run"),
+               *tiny(max_steps=100_000, eval_interval=1000)]  # fmt: skip
+    for sent, status in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        before = _last_step(tmp_path / "run")
+        while process.poll() is None and _last_step(tmp_path / "run") < before + 5:
+            time.sleep(0.01)
+        process.send_signal(sent)
+        stderr = process.communicate(timeout=60)[1]
+        assert process.returncode == status, stderr
+        assert "go on with" in stderr
+        assert "next:" not in stderr
+        command = [sys.executable, "-m", "glassgpt", "train", "--resume", str(tmp_path / "run")]
+
+
+def test_a_terminal_without_the_characters(tmp_path):
+    (tmp_path / "greek.txt").write_text("αβγδ ".replace(" ", "") * 300, encoding="utf-8")
+    ascii_only = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    done = glassgpt("train", "greek.txt", "--out", "run", *TINY, "--sample-prompt", "αz",
+                    cwd=tmp_path, env=ascii_only)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "note: --sample-prompt" in done.stderr
+    done = glassgpt("sample", "run", "--prompt", "α", cwd=tmp_path, env=ascii_only)
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(r"(\?|<unk>|\n)+", done.stdout)
+
+
+def test_a_sample_prompt_of_bad_bytes(tmp_path, book):
+    done = subprocess.run(
+        [sys.executable, "-m", "glassgpt", "train", book, "--out", tmp_path / "run", *TINY,
+         "--sample-prompt", b"T\xffe"], capture_output=True)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "## step 6" in (tmp_path / "run/samples.md").read_text()
+
+
 # -- bad input: one line, status 2, nothing damaged ----------------------------------------------
 
 
@@ -248,6 +284,10 @@ def test_wrong_options(tmp_path, book, run, capsys):
         capsys, "train", book, *out, "--config", tmp_path / "bad.toml"
     )
     assert "top_p" in refuse(capsys, "sample", run, "--top-p", "1.5")
+    assert "num_samples" in refuse(capsys, "sample", run, "--num-samples", "1000000000")
+    assert "threads" in refuse(capsys, "train", book, *out, "--threads", "100000")
+    assert "seed" in refuse(capsys, "train", book, *out, "--seed", str(1 << 64))
+    assert "workers" in refuse(capsys, "prepare", book, *out, "--workers", "-1")
     assert "does not exist" in refuse(capsys, "sample", tmp_path / "nowhere")
     assert "holds no model" in refuse(capsys, "sample", tmp_path)
     assert "does not exist" in refuse(capsys, "sample", run, "--prompt", "@missing.txt")

@@ -162,17 +162,19 @@ def test_damaged_files_are_refused_by_name(tmp_path: Path, content: bytes) -> No
         (TrainConfig, "micro_batch_size", [0]),
         (TrainConfig, "patience", [0]),
         (TrainConfig, "decay_steps", [0]),
-        (TrainConfig, "threads", [0]),
+        (TrainConfig, "threads", [0, 100_000]),
+        (TrainConfig, "seed", [-1, 1 << 63, 1 << 70]),
+        (TrainConfig, "min_learning_rate", [-1e-9, 1.0]),
         (TrainConfig, "warmup_steps", [-1]),
-        (TrainConfig, "weight_decay", [-0.1]),
-        (TrainConfig, "learning_rate", [0.0, -1.0, math.nan]),
+        (TrainConfig, "weight_decay", [-0.1, math.nan]),
+        (TrainConfig, "learning_rate", [0.0, -1.0, math.nan, math.inf]),
         (TrainConfig, "beta1", [1.0, -0.1, math.nan]),
         (TrainConfig, "beta2", [1.0, 2.0]),
         (TrainConfig, "grad_clip", [0.0, -1.0, math.nan]),
         (DataConfig, "val_fraction", [0.0, 1.0, -0.5, math.nan]),
         (DataConfig, "max_tokens", [0]),
         (Sampling, "max_new_tokens", [-1]),
-        (Sampling, "num_samples", [0]),
+        (Sampling, "num_samples", [0, 1 << 40]),
         (Sampling, "temperature", [-0.1, math.nan]),
         (Sampling, "top_k", [0, -5]),
         (Sampling, "top_p", [0.0, 1.1, math.nan]),
@@ -304,3 +306,26 @@ def test_flops_per_token_is_what_torch_counts(
     assert counter.get_total_flops() == config.flops_per_token(T) * tokens.numel()
     if config.context_length == T:
         assert config.flops_per_token() == config.flops_per_token(T)
+
+
+def test_files_say_what_is_wrong_with_them(tmp_path: Path) -> None:
+    def refused(text: str) -> str:
+        (tmp_path / "run.toml").write_text(text)
+        with pytest.raises(UserError) as error:
+            resolve_options({}, config=tmp_path / "run.toml")
+        return str(error.value)
+
+    assert "no tables such as [train]" in refused("[train]\nmax_steps = 3\n")
+    assert "max_steps stands twice" in refused("max-steps = 3\nmax_steps = 4\n")
+    assert "finite" in refused("weight_decay = nan\n")
+    assert "finite" in refused("learning_rate = inf\n")
+    (tmp_path / "run.toml").write_text('data = ["a.txt", "b.txt"]\n')
+    assert resolve_options({}, config=tmp_path / "run.toml")["data"] == ("a.txt", "b.txt")
+
+
+def test_paths_and_single_strings_are_taken() -> None:
+    assert TrainConfig(out=Path("runs") / "x").out == "runs/x"  # type: ignore[arg-type]
+    assert Sampling(stop="end").stop == ("end",)  # type: ignore[arg-type]
+    for wrong in (dict(stop=3), dict(temperature="hot"), dict(max_new_tokens=2.5), dict(seed=None)):
+        with pytest.raises(UserError, match=next(iter(wrong))):
+            Sampling(**wrong)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from conftest import tiny_config, tiny_model, weights_of
+from glassgpt import generate
 from glassgpt.api import LoadedModel
 from glassgpt.checkpoint import Checkpoint
 from glassgpt.config import ModelConfig, Sampling
@@ -33,7 +34,7 @@ from glassgpt.generate import (
     window,
 )
 from glassgpt.model import GPT
-from glassgpt.tokenizer import CharTokenizer, Tokenizer, byte_tokenizer
+from glassgpt.tokenizer import CharTokenizer, Tokenizer, byte_tokenizer, unknown_note
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz .,!?\n-:;'"
 LOGITS = arrays(np.float64, st.integers(1, 30), elements=st.floats(-30, 30))
@@ -551,9 +552,9 @@ def test_generate_refuses_what_it_can_not_do() -> None:
     for ids in ([37], [-1], [3, 99]):
         with pytest.raises(UserError, match="outside the vocabulary of 37"):
             model.generate(ids)
-    note = model.unknown_note("größe")
+    note = unknown_note(model.tokenizer, "größe")
     assert "'ö' 'ß'" in note
-    assert model.unknown_note("good") is None
+    assert unknown_note(model.tokenizer, "good") is None
 
 
 def test_a_model_of_nan_says_so() -> None:
@@ -563,3 +564,33 @@ def test_a_model_of_nan_says_so() -> None:
     model = LoadedModel(Checkpoint(config, weights, char_tokenizer()), device="cpu")
     with pytest.raises(UserError, match="NaN"):
         model.generate("hello", max_new_tokens=3)
+
+
+def test_the_smallest_temperature_is_greedy() -> None:
+    logits = np.array([1.0, 3.0, 2.0])
+    for temperature in (5e-324, 1e-320, 1e-300):
+        assert draw(filter_logits(logits, [], Sampling(temperature=temperature)),
+                    seed=1, sample=0, position=0) == 1  # fmt: skip
+
+
+def test_a_prompt_of_padded_ids_is_no_crash() -> None:
+    """A vocabulary padded to a round number has ids that the tokenizer never makes."""
+    model = loaded(tiny_config(vocab_size=40), CharTokenizer.from_characters("abc"))
+    assert model.generate([39, 1], max_new_tokens=3, repetition_penalty=1.2).text  # type: ignore
+
+
+@pytest.mark.parametrize("prompt", [None, 3, ["a"], [0.5]])
+def test_prompts_of_other_types_are_refused(prompt: Any) -> None:
+    with pytest.raises(UserError, match="text or a list of token ids"):
+        loaded(tiny_config()).generate(prompt)
+
+
+def test_many_samples_come_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What memory can't hold side by side comes one after the other, and is the same text."""
+    model = loaded(tiny_config(vocab_size=28), CharTokenizer.from_characters(LETTERS[:27]))
+    together = model.generate("abc", num_samples=7, max_new_tokens=5)
+    per_row = 2 * 2 * 3 * 4 * 13  # keys and values x layers x heads x head_dim x context
+    monkeypatch.setattr(generate, "_CACHE_NUMBERS", 2 * per_row)
+    assert model.generate("abc", num_samples=7, max_new_tokens=5) == together
+    with pytest.raises(UserError, match="num_samples"):
+        Sampling(num_samples=10**9)

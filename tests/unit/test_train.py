@@ -22,7 +22,7 @@ from glassgpt.errors import UserError
 from glassgpt.model import GPT
 from glassgpt.runlog import Progress, read_metrics
 from glassgpt.trainer import Trainer
-from glassgpt.training import train
+from glassgpt.training import new_folder, train
 from glassgpt.workers import Workers, useful_workers
 
 TINY = dict(n_layer=2, n_head=2, n_embd=12, context_length=11, batch_tokens=66, max_steps=12,
@@ -243,9 +243,128 @@ def test_clear_errors(text, tmp_path):
     shutil.rmtree(Path(os.environ["GLASSGPT_CACHE"]) / "data")
     with pytest.raises(UserError, match="has changed"):
         train(resume=str(shorter.run), max_steps=8)
+    os.rename(other, tmp_path / "moved.txt")
+    with pytest.raises(UserError, match="text has moved:.*train NEW-PATH --resume"):
+        train(resume=str(shorter.run), max_steps=8)
     keep = tmp_path / "notes"
     keep.mkdir()
     (keep / "precious.txt").write_text("mine")
-    with pytest.raises(UserError, match="leaves it alone"):
+    with pytest.raises(UserError, match="precious.txt.*leaves it alone"):
         train(text, out=str(keep), overwrite=True, **TINY)
-    assert (keep / "precious.txt").exists()
+    assert [path.name for path in keep.iterdir()] == ["precious.txt"]
+
+
+def test_what_a_resumed_run_may_not_change(text, tmp_path):
+    run = train(text, out=tmp_path / "run", **TINY).run
+    for option in (dict(out="elsewhere"), dict(overwrite=True), dict(val_fraction=0.3),
+                   dict(tokenizer="byte"), dict(n_layer=3)):  # fmt: skip
+        with pytest.raises(UserError, match=f"{next(iter(option))} can't change when resuming"):
+            train(resume=run, max_steps=20, **option)
+    other = tmp_path / "other.txt"
+    other.write_text("not the same text at all " * 80)
+    with pytest.raises(UserError, match="other.txt has changed since"):
+        train(other, resume=run, max_steps=20)
+    copy = shutil.copy(text, tmp_path / "copy.txt")
+    assert train([copy], resume=run, max_steps=14).step == 14  # the same text in another place
+
+
+def test_a_run_stopped_before_its_first_model_can_be_overwritten(text, tmp_path):
+    run = tmp_path / "run"
+    (run / "checkpoints" / ".next").mkdir(parents=True)
+    (run / "metrics.jsonl").write_text("")
+    (run / ".lock").write_text("")  # the process was killed
+    with pytest.raises(UserError, match="no checkpoint to resume from"):
+        train(resume=run)
+    with pytest.raises(UserError, match="--overwrite"):
+        train(text, out=run, **TINY)
+    assert train(text, out=run, overwrite=True, **TINY).finished
+    (run / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="notes.txt"):
+        train(text, out=run, overwrite=True, **TINY)
+    assert checkpoint.load_model(run).info["step"] == 12
+
+
+def test_a_run_belongs_to_one_process(text, tmp_path):
+    class Intrude(Progress):
+        """Tries to resume and to overwrite the run while it is under way."""
+
+        refusals: list[str] = []
+
+        def status(self, text_: str) -> None:
+            for how in (dict(resume=run), dict(data=text, out=run, overwrite=True, **TINY)):
+                with pytest.raises(UserError, match="in use by another process") as refused:
+                    train(**how)
+                self.refusals.append(str(refused.value))
+
+    run = tmp_path / "run"
+    result = train(text, out=run, progress=Intrude(), **TINY)
+    assert result.step == 12
+    assert len(Intrude.refusals) >= 2
+    assert not (run / ".lock").exists()
+
+
+def test_names_of_runs(text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert [str(new_folder(name)) for name in ("a/book.txt", "b/book.md", "*.txt", "../x y?.z")] \
+        == ["runs/book", "runs/book-2", "runs/model", "runs/x-y"]  # fmt: skip
+
+
+def test_stopped_in_the_last_evaluation(text, tmp_path):
+    """The last step is done, its evaluation is not: resuming has to make up for it."""
+
+    class StopAtTheEnd(Progress):
+        def status(self, text: str) -> None:
+            if text.startswith("step 12/"):
+                os.kill(os.getpid(), signal.SIGINT)
+
+    full = train(text, out=tmp_path / "full", **TINY)
+    stopped = train(text, out=tmp_path / "run", progress=StopAtTheEnd(), **TINY)
+    assert stopped.signal == signal.SIGINT
+    assert losses(stopped.run, "val_loss")[-1][0] == 8
+    resumed = train(resume=stopped.run)
+    assert resumed.finished
+    assert losses(full.run, "val_loss") == losses(resumed.run, "val_loss")
+    with pytest.raises(UserError, match="finished at step 12"):
+        train(resume=stopped.run)
+
+
+def test_a_second_ctrl_c_says_how_to_go_on(text, tmp_path):
+    said: list[str] = []
+
+    class StopTwice(Progress):
+        def say(self, text: str = "") -> None:
+            said.append(text)
+
+        def status(self, text: str) -> None:
+            if text.startswith("step 6/"):
+                os.kill(os.getpid(), signal.SIGINT)
+                os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(text, out=tmp_path / "my run", progress=StopTwice(), **TINY)
+    assert f"--resume '{tmp_path / 'my run'}'" in said[-1]
+    assert train(resume=tmp_path / "my run").step == 12
+
+
+def test_evaluation_on_a_part_is_the_same_part_everywhere(text, tmp_path):
+    """eval_batches counts batches of batch_tokens, however the machine cuts them."""
+    found = []
+    for name, how in (("a", dict(threads=1)), ("b", dict(threads=2, micro_batch_size=2))):
+        trainer = make_trainer(text, tmp_path / name, eval_batches=2, **how)
+        trainer.stop = runtime.StopRequest()
+        found.append(trainer.evaluate(trainer.data.val))
+        whole = make_trainer(text, tmp_path / f"{name}-whole", **how)
+        whole.stop = runtime.StopRequest()
+        assert found[-1] != pytest.approx(whole.evaluate(whole.data.val), abs=1e-6)
+    assert found[0] == pytest.approx(found[1], abs=1e-6)
+
+
+def test_prepared_data_are_as_they_were_prepared(text, tmp_path):
+    from glassgpt.config import DataConfig
+
+    prepare([text], tmp_path / "data", DataConfig(val_fraction=0.2))
+    for option in (dict(tokenizer="byte"), dict(val_fraction=0.1), dict(val=text)):
+        with pytest.raises(UserError, match=f"prepared already, so {next(iter(option))}="):
+            train(tmp_path / "data", out=tmp_path / "run", **TINY, **option)
+    same = dict(val_fraction=0.2, tokenizer="char")
+    assert train(tmp_path / "data", out=tmp_path / "run", **TINY, **same).finished

@@ -62,12 +62,24 @@ class TokenFiles:
         return windows[:, :-1], windows[:, 1:]
 
     def windows(
-        self, *, n: int, T: int, rank: int = 0, world: int = 1
+        self, *, n: int, T: int, rank: int = 0, world: int = 1, limit: int | None = None
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """The whole split once, in order, as batches of up to `n` windows: every token but the
         first is a target exactly once. The last window is padded with IGNORE targets.
         """
         n_windows = -(-(len(self) - 1) // T)
+        if limit is not None:
+            k = min(limit, n_windows)
+            chosen = np.arange(k) * n_windows // k
+            for first in range(rank * n, k, n * world):
+                parts = []
+                for w in chosen[first : first + n]:
+                    flat = self.read(w * T, min(len(self), (w + 1) * T + 1))
+                    x, y = np.zeros(T, np.int64), np.full(T, IGNORE)
+                    x[: len(flat) - 1], y[: len(flat) - 1] = flat[:-1], flat[1:]
+                    parts.append((x, y))
+                yield tuple(np.stack(p) for p in zip(*parts))
+            return
         for first in range(rank * n, n_windows, n * world):
             count = min(n, n_windows - first)
             flat = self.read(first * T, min(len(self), (first + count) * T + 1))

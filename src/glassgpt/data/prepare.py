@@ -113,7 +113,11 @@ def prepare(
         partial.mkdir(parents=True)
         try:
             run = _Preparation(inputs, val_inputs, partial, config, workers, tell)
-            meta = run.go() | {"fingerprint": key, "sources": stamps}
+            meta = run.go() | {
+                "fingerprint": key,
+                "sources": stamps,
+                "options": dataclasses.asdict(config),
+            }
             _write_durably(partial / "meta.json", json.dumps(meta, indent=2).encode())
             if out.exists():
                 os.replace(out, old)
