@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from glassgpt.config import TrainConfig
 from glassgpt.errors import UserError
+from glassgpt.system import usable_cores
 
 # Dense 16-bit matrix products per second, from the makers' data sheets; for MFU.
 _PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12,
@@ -110,13 +111,6 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     if device.type != "cuda":
         return torch.float32
     return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-
-
-def usable_cores() -> int:
-    """Cores this process may use, which in a container is less than the machine has."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def is_out_of_memory(error: BaseException) -> bool:
