@@ -27,6 +27,7 @@ import safetensors.numpy
 from glassgpt.config import ModelConfig
 from glassgpt.convert.huggingface import config_from_json, from_huggingface, to_huggingface
 from glassgpt.errors import UserError, explain_os_errors
+from glassgpt.system import write_file
 from glassgpt.tokenizer import Tokenizer, load_tokenizer, to_files
 from glassgpt.version import __version__
 
@@ -44,22 +45,7 @@ class Checkpoint:
     info: dict[str, Any] = field(default_factory=dict)  # glassgpt.json: step, losses, options
 
 
-# -- files that are either whole or absent -------------------------------------------------------
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """Write `content` so that `path` holds either all of it or what it held before."""
-    with explain_os_errors(f"write {path}"):
-        temporary = path.with_name(f".{path.name}.partial")
-        try:
-            with open(temporary, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except OSError:
-            temporary.unlink(missing_ok=True)
-            raise
+# -- files ---------------------------------------------------------------------------------------
 
 
 def write_json(path: Path, value: Any) -> None:

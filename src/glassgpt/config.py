@@ -198,7 +198,9 @@ class DataConfig:
     ] = 0.1
     val: Annotated[str | None, "file to validate on, instead of a fraction"] = None
     text_field: Annotated[str | None, "column or key with the text, in jsonl/csv/parquet"] = None
-    max_tokens: Annotated[int | None, "stop after this many tokens"] = None
+    max_tokens: Annotated[
+        int | None, "stop at this many tokens, in both splits together; with val, in training alone"
+    ] = None
 
     def __post_init__(self) -> None:
         _check_types(self)

@@ -1,4 +1,4 @@
-"""The one exception that people see, and the "did you mean" that goes with it.
+"""The one exception that people see, and the phrases that its messages share.
 
 Bad input raises `UserError`; the command line prints it on one line and exits with status 2.
 This room knows nothing of models, files or terminals.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import errno
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 
@@ -20,6 +20,11 @@ def nearest(name: str, choices: Iterable[str]) -> str:
     """A " Did you mean 'x'?" for the choice closest to `name`, or "" when none is close."""
     close = difflib.get_close_matches(name, list(choices), n=1)
     return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def first_of(names: Sequence[str]) -> str:
+    """ "book.txt and 3 more", for a message that has no room for all."""
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
 
 
 _OS_REMEDIES = {

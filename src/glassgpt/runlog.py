@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from glassgpt.errors import UserError, explain_os_errors
+from glassgpt.system import write_file
 
 
 def program() -> str:
@@ -102,7 +103,7 @@ class RunLog:
         if not self.path.exists():
             return
         kept = [json.dumps(row) for row in read_metrics(self.path) if row["step"] <= step]
-        _replace(self.path, "".join(line + "\n" for line in kept))
+        write_file(self.path, "".join(line + "\n" for line in kept).encode())
 
     def close(self) -> None:
         if self._board is not None:
@@ -138,14 +139,7 @@ def rewind_samples(path: Path, step: int) -> None:
     sections = path.read_text(encoding="utf-8").split("## step ")
     kept = [s for s in sections[1:] if s.split("\n", 1)[0].isdecimal()
             and int(s.split("\n", 1)[0]) <= step]  # fmt: skip
-    _replace(path, "".join(f"## step {section}" for section in kept))
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.partial")
-    with explain_os_errors(f"write {path}"):
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
+    write_file(path, "".join(f"## step {section}" for section in kept).encode())
 
 
 def _tensorboard(run: Path):

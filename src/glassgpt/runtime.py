@@ -12,16 +12,15 @@ import os
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from filelock import FileLock, Timeout
 
 from glassgpt.config import TrainConfig
-from glassgpt.errors import UserError, explain_os_errors
+from glassgpt.errors import UserError
+from glassgpt.system import usable_cores
 
 T_ = TypeVar("T_")
 
@@ -127,13 +126,6 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
 
 
-def usable_cores() -> int:
-    """Cores this process may use, which in a container is less than the machine has."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def is_out_of_memory(error: BaseException) -> bool:
     """torch says it in three ways, depending on the device."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
@@ -150,23 +142,6 @@ def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
     if device.type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
-
-
-@contextlib.contextmanager
-def exclusive(folder: Path) -> Iterator[None]:
-    """Hold `folder` for this process alone; raises `UserError` while another one has it."""
-    lock = FileLock(folder / ".lock", timeout=0)
-    try:
-        with explain_os_errors(f"write {folder}"):
-            lock.acquire()
-    except Timeout:
-        raise UserError(f"{folder} is in use by another process; wait for it, or choose another "
-                        "--out") from None  # fmt: skip
-    try:
-        yield
-    finally:
-        Path(lock.lock_file).unlink(missing_ok=True)
-        lock.release()
 
 
 class StopRequest:

@@ -28,6 +28,7 @@ from glassgpt.data.download import cache_dir
 from glassgpt.data.prepare import data_key, prepare
 from glassgpt.errors import UserError, explain_os_errors
 from glassgpt.runlog import ByteProgress, Progress, program
+from glassgpt.system import exclusive
 from glassgpt.trainer import Trainer, TrainResult
 
 # All that a run directory may hold: --overwrite deletes nothing that somebody else put there.
@@ -174,7 +175,7 @@ def _own(run: Path, overwrite: bool, *, resuming: bool) -> Iterator[None]:
         if not resuming:
             _check_replaceable(run, overwrite)
         run.mkdir(parents=True, exist_ok=True)
-    with runtime.exclusive(run):
+    with exclusive(run, run / ".lock"):
         with explain_os_errors(f"write {run}"):
             for path in run.iterdir() if not resuming else ():
                 if path.is_dir() and not path.is_symlink():

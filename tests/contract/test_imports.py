@@ -52,6 +52,10 @@ def test_loading_a_model_imports_no_torch() -> None:
     assert not imported("-c", code) & {"torch", "matplotlib", "transformers"}
 
 
+def test_preparing_data_imports_no_torch() -> None:
+    assert not imported("-c", "import glassgpt.data.prepare") & {"torch"}
+
+
 IMPORT_ALL = """
 import importlib, importlib.abc, importlib.util, pkgutil, sys
 

@@ -125,6 +125,35 @@ def test_windows_cover_every_target_once(tmp_path_factory, sizes, n, T, world) -
     assert sorted(seen) == list(range(1, sum(sizes)))
 
 
+@given(
+    sizes=st.lists(st.integers(1, 40), min_size=1, max_size=3),
+    T=st.integers(1, 17),
+    limit=st.integers(1, 60),
+)
+def test_limited_windows_are_the_same_however_divided(tmp_path_factory, sizes, T, limit) -> None:
+    files = token_files(tmp_path_factory.mktemp("windows"), *sizes)
+    whole = [row for _, targets in files.windows(n=3, T=T) for row in targets.tolist()]
+    divisions = []
+    for n, world in ((1, 1), (4, 1), (2, 3), (5, 2)):
+        rows: list[list[int]] = []
+        for rank in range(world):
+            for tokens, targets in files.windows(n=n, T=T, limit=limit, rank=rank, world=world):
+                assert 1 <= len(tokens) <= n
+                assert (targets == tokens + 1)[targets != IGNORE].all()
+                rows += targets.tolist()
+        divisions.append(sorted(rows))
+    assert all(rows == divisions[0] for rows in divisions)
+    assert len(divisions[0]) == min(limit, len(whole))
+    assert all(row in whole for row in divisions[0])
+    assert len({row[0] for row in divisions[0]}) == len(divisions[0])  # no window twice
+
+
+def test_limited_windows_are_spread_evenly(tmp_path: Path) -> None:
+    files = token_files(tmp_path, 1001)
+    (batch,) = files.windows(n=100, T=10, limit=5)
+    assert batch[0][:, 0].tolist() == [0, 200, 400, 600, 800]
+
+
 # -- our own folders -----------------------------------------------------------------------------
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 20
@@ -142,8 +171,17 @@ def test_a_prepared_folder_holds_the_text(prepared: Path) -> None:
     splits = [split.read(0, len(split)) for split in (data.train, data.val)]
     assert "".join(data.tokenizer.decode(ids) for ids in splits) == TEXT
     data.check_fits(len(data.train) - 1)
-    with pytest.raises(UserError, match="too few"):
+    with pytest.raises(UserError, match=r"fox\.txt: 810 training tokens are too few"):
         data.check_fits(len(data.train))
+
+
+def test_too_few_tokens_are_blamed_on_what_the_user_named(tmp_path: Path) -> None:
+    for number in range(4):
+        (tmp_path / f"{number}.txt").write_text(TEXT)
+    prepare([str(tmp_path / "*.txt")], tmp_path / "cache" / "0123", DataConfig())
+    with pytest.raises(UserError, match=r"0\.txt and 3 more: \d+ training tokens") as caught:
+        load_data(tmp_path / "cache" / "0123").check_fits(5000)
+    assert "0123" not in str(caught.value)
 
 
 def test_another_tokenizer_than_meta_says_is_refused(prepared: Path) -> None:

@@ -27,11 +27,11 @@ from glassgpt.checkpoint import (
     read_tensors,
     save_model,
     save_training,
-    write_file,
     write_tensors,
 )
 from glassgpt.config import ModelConfig
 from glassgpt.errors import UserError
+from glassgpt.system import write_file
 from glassgpt.tokenizer import CharTokenizer, byte_tokenizer, fingerprint
 
 CHARACTERS = "abcdefghijklmnopqrstuvwxyz .,!?\n-:;'"  # 36, and <unk>
@@ -445,7 +445,7 @@ def test_incomplete_states_are_passed_over(tmp_path: Path) -> None:
 FULL_DISK = """
 import resource, sys
 from pathlib import Path
-from glassgpt.checkpoint import write_file
+from glassgpt.system import write_file
 resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
 try:
     write_file(Path(sys.argv[1]), b"new" * 100_000)

@@ -9,12 +9,14 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from glassgpt.config import DataConfig
+from glassgpt.data import folder
 from glassgpt.data import prepare as module
 from glassgpt.data.batches import load_data
 from glassgpt.data.overlap import WINDOW, OverlapSample
@@ -98,7 +100,7 @@ def test_workers_and_pieces_do_not_change_a_byte(tmp_path, monkeypatch, tokenize
 
 
 def test_shards(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "_SHARD_TOKENS", 1000)
+    monkeypatch.setattr(folder, "_SHARD_TOKENS", 1000)
     (tmp_path / "a.txt").write_text(STORY * 50)
     prepare([str(tmp_path / "a.txt")], tmp_path / "out", DataConfig())
     data = load_data(tmp_path / "out")
@@ -148,24 +150,135 @@ def test_overlap_is_the_share_of_common_windows():
     assert len(sample.sample(train[: WINDOW - 1])) == 0
 
 
-def test_max_tokens_stops_early(tmp_path):
-    source = write_documents(tmp_path / "a.jsonl", [STORY] * 3000)
-    config = DataConfig(tokenizer="byte", max_tokens=20_000)
-    report = prepare([source], tmp_path / "out", config)
-    assert 20_000 <= report.train_tokens + report.val_tokens < 20_000 + 3 * module._JOB_CHARS
-    assert report.val_tokens > 0
-
-
 @pytest.mark.parametrize("tokenizer", ["char", "byte", "bpe:300"])
-def test_max_tokens_of_one_document_leaves_some_to_validate(tmp_path, monkeypatch, tokenizer):
-    monkeypatch.setattr(module, "_PIECE_CHARS", 1000)
-    monkeypatch.setattr(module, "_JOB_CHARS", 1000)
-    (tmp_path / "a.txt").write_text(STORY * 2000)
-    config = DataConfig(tokenizer=tokenizer, max_tokens=20_000)
+@pytest.mark.parametrize("n", [1, 30, 3000])
+def test_max_tokens_is_the_number_of_tokens(tmp_path, n, tokenizer):
+    source = write_documents(tmp_path / "a.jsonl", [STORY * (9000 // n)] * n)
+    config = DataConfig(tokenizer=tokenizer, max_tokens=20_000, val_fraction=0.2)
+    report = prepare([source], tmp_path / "out", config)
+    data = load_data(tmp_path / "out")
+    assert (len(data.train), len(data.val)) == (16_000, 4_000)
+    assert (report.train_tokens, report.val_tokens) == (16_000, 4_000)
+    assert data.tokenizer.decode(data.train.read(0, len(data.train))).startswith(STORY)
+    assert "small machine" in data.tokenizer.decode(data.val.read(0, len(data.val)))
+
+
+def test_max_tokens_beyond_the_text_changes_nothing(tmp_path):
+    source = write_documents(tmp_path / "a.jsonl", [f"{i}: {STORY}" for i in range(30)])
+    for name, limit in (("all", None), ("limited", 1_000_000)):
+        prepare([source], tmp_path / name, DataConfig(tokenizer="byte", max_tokens=limit))
+    whole, limited = everything(tmp_path / "all"), everything(tmp_path / "limited")
+    for files in (whole, limited):
+        del files["meta.json"]
+    assert whole == limited
+
+
+def test_max_tokens_limits_training_alone_when_there_is_a_validation_file(tmp_path):
+    (tmp_path / "a.txt").write_text(STORY * 1000)
+    (tmp_path / "b.txt").write_text(STORY * 50)
+    config = DataConfig(tokenizer="byte", max_tokens=1000, val=str(tmp_path / "b.txt"))
     report = prepare([str(tmp_path / "a.txt")], tmp_path / "out", config)
-    assert 20_000 <= report.train_tokens + report.val_tokens < 30_000
-    assert report.train_tokens == pytest.approx(18_000, rel=0.1)
-    assert report.val_tokens > 1_000
+    assert (report.train_tokens, report.val_tokens) == (1000, len(STORY) * 50)
+    assert report.documents == 2
+
+
+@pytest.mark.parametrize("tokenizer", ["char", "bpe:300"])
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_max_tokens_stops_reading(tmp_path, name, tokenizer):
+    text = STORY * 125_000  # 10 MB
+    if name == "a.txt":
+        (tmp_path / name).write_text(text)
+    else:
+        write_documents(tmp_path / name, [STORY * 1000] * 125)
+    most = 0
+
+    def tell(what: str, done: int, total: int | None) -> None:
+        nonlocal most
+        most = max(most, done)
+
+    config = DataConfig(tokenizer=tokenizer, max_tokens=2000)
+    report = prepare([str(tmp_path / name)], tmp_path / "out", config, progress=tell)
+    assert report.train_tokens + report.val_tokens == 2000
+    assert 0 < most < 3_000_000  # a block or two
+
+
+def test_the_report_of_limited_tokens_tells_of_what_was_kept(tmp_path, monkeypatch):
+    texts = [f"{i % 40:04}: {STORY}" for i in range(2000)]
+    for i in range(5, 2000, 10):
+        texts[i] = " \n"
+    source = write_documents(tmp_path / "a.jsonl", texts)
+    config = DataConfig(max_tokens=100 * len(texts[0]))
+    report = prepare([source], tmp_path / "one", config, workers=1)
+    assert report.characters == 100 * len(texts[0])
+    assert report.documents == pytest.approx(100, abs=2)
+    assert report.documents - report.duplicates == pytest.approx(36, abs=2)
+    assert report.too_short == pytest.approx(10, abs=3)
+    monkeypatch.setattr(module, "_JOB_CHARS", 300)
+    again = prepare([source], tmp_path / "many", config, workers=4)
+    assert replace(again, overlap=0) == replace(report, overlap=0)
+
+
+def test_some_text_is_validated_however_small_the_share(tmp_path):
+    source = write_documents(tmp_path / "a.jsonl", [STORY] * 1500)
+    report = prepare([source], tmp_path / "out", DataConfig(tokenizer="byte", val_fraction=1e-9))
+    assert (report.documents, report.val_documents) == (1500, 1)
+
+
+def test_nothing_to_validate_is_an_error(tmp_path):
+    (tmp_path / "a.txt").write_text(STORY)
+    (tmp_path / "blank.txt").write_text(" \n ")
+    config = DataConfig(val=str(tmp_path / "blank.txt"))
+    with pytest.raises(UserError, match="no text is left for validation"):
+        prepare([str(tmp_path / "a.txt")], tmp_path / "out", config)
+    with pytest.raises(UserError, match="no text is left for training"):
+        prepare([str(tmp_path / "a.txt")], tmp_path / "out", DataConfig(max_tokens=1))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("tokenizer", ["char", "bpe:300"])
+def test_long_blanks_do_not_shift_the_split(tmp_path, monkeypatch, tokenizer):
+    monkeypatch.setattr(module, "_PIECE_CHARS", 1500)
+    text = "x" + " " * 4000 + STORY * 60
+    source = write_documents(tmp_path / "a.jsonl", [" " * 2000, text, "\n" * 5000])
+    report = prepare([source], tmp_path / "out", DataConfig(tokenizer=tokenizer))
+    data = load_data(tmp_path / "out")
+    assert data.tokenizer.decode(data.val.read(0, len(data.val))) == text[int(len(text) * 0.9) :]
+    assert (report.documents, report.too_short) == (1, 2)
+    assert report.characters == len(text)
+
+
+def test_a_text_that_begins_with_many_blanks_is_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_PIECE_CHARS", 1500)
+    text = " " * 4000 + STORY
+    (tmp_path / "a.txt").write_text(text)
+    report = prepare([str(tmp_path / "a.txt")], tmp_path / "out", DataConfig())
+    assert (report.characters, report.too_short) == (len(text), 0)
+
+
+@pytest.mark.parametrize("workers", [-1, 0, 1025])
+def test_workers_out_of_range_are_refused(tmp_path, workers):
+    (tmp_path / "a.txt").write_text(STORY)
+    with pytest.raises(UserError, match=f"workers={workers} must lie between 1 and 1024"):
+        prepare([str(tmp_path / "a.txt")], tmp_path / "out", DataConfig(), workers=workers)
+
+
+def test_the_data_key_takes_the_built_in_tokenizer_before_a_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("a.txt").write_text(STORY * 9)
+    names = ("char", "byte", "gpt2", "bpe:300")
+    before = [module.data_key([], DataConfig(tokenizer=name)) for name in names]
+    for name in names[:2]:
+        Path(name).mkdir()
+    for name in names[2:]:
+        Path(name).write_text("{}")
+    assert [module.data_key([], DataConfig(tokenizer=name)) for name in names] == before
+    prepare(["a.txt"], "out", DataConfig(tokenizer="byte"))
+    Path("mine").mkdir()
+    with pytest.raises(UserError, match=r"mine.tokenizer\.json"):
+        prepare(["a.txt"], "other", DataConfig(tokenizer="mine"))
+
+
+# -- the folder ----------------------------------------------------------------------------------
 
 
 def test_overwrite_replaces_prepared_data_only(tmp_path):
@@ -177,6 +290,90 @@ def test_overwrite_replaces_prepared_data_only(tmp_path):
         with pytest.raises(UserError, match="leaves it alone"):
             prepare([str(tmp_path / "a.txt")], out, DataConfig(), overwrite=True)
     assert (keep / "precious.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "names",
+    [["train.bin", "val.bin", "meta.pkl"], ["tokenizer.json", "tokenizer_config.json"],
+     ["meta.json", "train-00000.bin", "train-notes.bin"]],
+)  # fmt: skip
+def test_overwrite_leaves_folders_of_others_alone(tmp_path, names):
+    (tmp_path / "a.txt").write_text(STORY * 9)
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in names:
+        (out / name).write_text("theirs")
+    with pytest.raises(UserError, match="leaves it alone"):
+        prepare([str(tmp_path / "a.txt")], out, DataConfig(), overwrite=True)
+    assert everything(out) == dict.fromkeys(sorted(names), b"theirs")
+
+
+@pytest.mark.parametrize("name", ["book.txt", "meta.json"])
+def test_a_source_inside_the_output_is_refused(tmp_path, name):
+    out = tmp_path / "out"
+    (tmp_path / "a.txt").write_text(STORY * 9)
+    prepare([str(tmp_path / "a.txt")], out, DataConfig())
+    if name == "book.txt":
+        (out / name).write_text(STORY)
+    before = everything(out)
+    (tmp_path / "link").symlink_to(out)
+    for place in (out, tmp_path / "link"):
+        config = DataConfig(val=str(place / name))
+        for sources, how in (
+            ([str(out / name)], DataConfig()),
+            ([str(tmp_path / "a.txt")], config),
+        ):
+            with pytest.raises(UserError, match=f"{name} lies in .*; choose another --out"):
+                prepare(sources, place, how, overwrite=True)
+    assert everything(out) == before
+
+
+@pytest.mark.parametrize("there", ["out", "nothing"])
+def test_what_a_kill_left_behind_is_cleared(tmp_path, there):
+    (tmp_path / "a.txt").write_text(STORY * 9)
+    if there == "out":
+        prepare([str(tmp_path / "a.txt")], tmp_path / "out", DataConfig(val_fraction=0.2))
+    for name in (".out.previous", ".out.partial"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "train-00000.bin").write_text("left")
+    (tmp_path / ".out.lock").touch()
+    prepare([str(tmp_path / "a.txt")], tmp_path / "out", DataConfig(), overwrite=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "out"]
+    assert load_data(tmp_path / "out").source.endswith("a.txt")
+
+
+def test_a_swap_that_fails_puts_the_old_data_back(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text(STORY * 9)
+    out = tmp_path / "out"
+    prepare([str(tmp_path / "a.txt")], out, DataConfig())
+    before, rename = everything(out), os.replace
+
+    def fail(source: Path, target: Path) -> None:
+        if Path(source).name == ".out.partial":
+            raise PermissionError(13, "not now")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(UserError, match="permission denied"):
+        prepare([str(tmp_path / "a.txt")], out, DataConfig(val_fraction=0.2), overwrite=True)
+    assert everything(out) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "out"]
+
+
+def test_one_writer_at_a_time(tmp_path):
+    (tmp_path / "a.txt").write_text(STORY * 9)
+    out, refused = tmp_path / "out", []
+
+    def intrude(what: str, done: int, total: int | None) -> None:
+        """Comes while the first preparation is under way."""
+        with pytest.raises(UserError, match="is in use by another process"):
+            prepare([str(tmp_path / "a.txt")], out, DataConfig(), overwrite=True)
+        refused.append(what)
+
+    report = prepare([str(tmp_path / "a.txt")], out, DataConfig(), progress=intrude)
+    assert "tokenizing" in refused
+    assert len(load_data(out).train) == report.train_tokens
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "out"]
 
 
 def test_what_is_no_text_is_refused_and_leaves_nothing(tmp_path):

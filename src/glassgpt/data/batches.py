@@ -13,14 +13,14 @@ import hashlib
 import io
 import json
 import pickle
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from glassgpt.errors import UserError, explain_os_errors
+from glassgpt.errors import UserError, explain_os_errors, first_of
 from glassgpt.tokenizer import CharTokenizer, Tokenizer, fingerprint, load_tokenizer
 
 IGNORE = -100  # a target that carries no loss
@@ -55,6 +55,9 @@ class TokenFiles:
         """
         generator = np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, 0, step]))
         starts = generator.integers(0, len(self) - T, size=n)[rows]
+        return self._windows_at(starts, T)
+
+    def _windows_at(self, starts: np.ndarray, T: int) -> tuple[np.ndarray, np.ndarray]:
         if len(self.shards) == 1:
             windows = self.shards[0][starts[:, None] + np.arange(T + 1)].astype(np.int64)
         else:
@@ -62,30 +65,26 @@ class TokenFiles:
         return windows[:, :-1], windows[:, 1:]
 
     def windows(
-        self, *, n: int, T: int, rank: int = 0, world: int = 1, limit: int | None = None
+        self, *, n: int, T: int, limit: int | None = None, rank: int = 0, world: int = 1
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """The whole split once, in order, as batches of up to `n` windows: every token but the
         first is a target exactly once. The last window is padded with IGNORE targets.
+
+        `limit` takes only so many windows, spread evenly over the split: the same ones however
+        they are batched (`n`) and divided among processes (`rank` of `world`).
         """
         n_windows = -(-(len(self) - 1) // T)
-        if limit is not None:
-            k = min(limit, n_windows)
-            chosen = np.arange(k) * n_windows // k
-            for first in range(rank * n, k, n * world):
-                parts = []
-                for w in chosen[first : first + n]:
-                    flat = self.read(w * T, min(len(self), (w + 1) * T + 1))
-                    x, y = np.zeros(T, np.int64), np.full(T, IGNORE)
-                    x[: len(flat) - 1], y[: len(flat) - 1] = flat[:-1], flat[1:]
-                    parts.append((x, y))
-                yield tuple(np.stack(p) for p in zip(*parts))
-            return
-        for first in range(rank * n, n_windows, n * world):
-            count = min(n, n_windows - first)
-            flat = self.read(first * T, min(len(self), (first + count) * T + 1))
-            tokens, targets = np.zeros(count * T, np.int64), np.full(count * T, IGNORE)
+        count = n_windows if limit is None else min(limit, n_windows)
+        for first in range(rank * n, count, n * world):
+            rows = min(n, count - first)
+            if count < n_windows:  # the last one, which may be short, is never among them
+                chosen = np.arange(first, first + rows) * n_windows // count
+                yield self._windows_at(chosen * T, T)
+                continue
+            flat = self.read(first * T, min(len(self), (first + rows) * T + 1))
+            tokens, targets = np.zeros(rows * T, np.int64), np.full(rows * T, IGNORE)
             tokens[: len(flat) - 1], targets[: len(flat) - 1] = flat[:-1], flat[1:]
-            yield tokens.reshape(count, T), targets.reshape(count, T)
+            yield tokens.reshape(rows, T), targets.reshape(rows, T)
 
 
 @dataclass
@@ -97,18 +96,18 @@ class Dataset:
     val: TokenFiles
     tokenizer: Tokenizer
     fingerprint: str
-    meta: Mapping[str, Any]
+    source: str  # what it was made from, for messages
 
     def check_fits(self, context_length: int) -> None:
         """Raises `UserError` when there is not even one window to train or validate on."""
         if len(self.train) <= context_length:
             raise UserError(
-                f"{self.path}: {len(self.train)} training tokens are too few for "
+                f"{self.source}: {len(self.train)} training tokens are too few for "
                 f"context_length={context_length}; use more text or a shorter --context-length"
             )
         if len(self.val) < 2:
             raise UserError(
-                f"{self.path}: {len(self.val)} validation tokens; use more text, a larger "
+                f"{self.source}: {len(self.val)} validation tokens; use more text, a larger "
                 "--val-fraction, or --val FILE"
             )
 
@@ -142,13 +141,14 @@ def _load_ours(path: Path) -> Dataset:
                         f"{meta[name]['tokens']}; prepare the data again"
                     )
             tokenizer, name = load_tokenizer(path), meta["fingerprint"]
+            source = first_of([source["name"] for source in meta["sources"]])
         except (ValueError, KeyError, TypeError) as error:
             if isinstance(error, UserError):
                 raise
             raise UserError(f"{path / 'meta.json'} is damaged: {error!r}") from error
     if fingerprint(tokenizer) != meta.get("tokenizer"):
         raise UserError(f"{path}: the data were made with another tokenizer.json than this one")
-    return Dataset(path, splits["train"], splits["val"], tokenizer, name, meta)
+    return Dataset(path, splits["train"], splits["val"], tokenizer, name, source)
 
 
 def _map(path: Path, dtype: str) -> np.ndarray:
@@ -197,4 +197,4 @@ def _load_nanogpt(path: Path) -> Dataset:
     for split in (train, val):
         digest.update(np.ascontiguousarray(split.read(0, 1 << 20)).data)
     name = digest.hexdigest()[:16]
-    return Dataset(path, train, val, tokenizer, name, {"sources": [{"name": str(path)}]})
+    return Dataset(path, train, val, tokenizer, name, str(path))

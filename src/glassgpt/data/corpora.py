@@ -9,7 +9,6 @@ them (`sources.py` does).
 
 from __future__ import annotations
 
-import os
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from pathlib import Path
 
 from glassgpt.data.download import TIMEOUT, cache_dir, download
 from glassgpt.errors import UserError, explain_os_errors
+from glassgpt.system import write_file
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,8 @@ def _write_python_manual(folder: Path) -> Path:
     path = folder / f"python-{platform.python_version()}.txt"
     if path.exists():
         return path
+    from filelock import FileLock
+
     try:
         from pydoc_data.topics import topics
     except ImportError as error:
@@ -95,14 +97,10 @@ def _write_python_manual(folder: Path) -> Path:
             "this Python came without its manual (pydoc_data); use another source"
         ) from error
     text = "\n\n".join(topics[key].rstrip() for key in sorted(topics)) + "\n"
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     with explain_os_errors(f"write {path}"):
         folder.mkdir(parents=True, exist_ok=True)
-        with open(partial, "w", encoding="utf-8", newline="") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        with FileLock(folder.with_suffix(".lock")):  # one at a time, under one temporary name
+            write_file(path, text.encode())
     return path
 
 

@@ -12,31 +12,33 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
-import shutil
+import sys
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
 from glassgpt.config import DataConfig
 from glassgpt.data import sources
 from glassgpt.data.batches import is_prepared
+from glassgpt.data.folder import TokenWriter, new_folder
 from glassgpt.data.overlap import OverlapSample
-from glassgpt.data.vocabulary import build_tokenizer
-from glassgpt.errors import UserError, explain_os_errors
+from glassgpt.data.vocabulary import build_tokenizer, tokenizer_path
+from glassgpt.errors import UserError, explain_os_errors, first_of
+from glassgpt.system import usable_cores, write_file
 from glassgpt.tokenizer import Tokenizer, fingerprint, to_files
 
-FORMAT = 1
+FORMAT = 2  # goes up when the same text and options give other tokens
 _PIECE_CHARS = 1 << 16  # of a long document; tiktoken is fastest on pieces that fit the cache
 _JOB_CHARS = 1 << 19  # what a worker takes at a time
-_SHARD_TOKENS = 100_000_000  # a token file of 200 MB: easy to copy, few to open
 _MANY = 1000  # documents after which counting stops and the split needs no total
+_CHARS_PER_TOKEN = 16  # more than any text has on average: max_tokens needs to see no more
+_MAX_WORKERS = 1024
 
 Progress = Callable[[str, int, int | None], None]  # (what is being done, bytes done, bytes in all)
 
@@ -57,21 +59,19 @@ class Report:
     too_short: int = 0
     overlap: float = 0.0
     skipped: list[str] = field(default_factory=list)
-    unchanged: bool = field(default=False, metadata={"stored": False})
+    unchanged: bool = False  # it was there already
 
 
 @dataclass
 class _Split:
     """Which part of the text is for validation."""
 
-    val_documents: set[int] | None = None  # None: a fixed share of very many
-    fraction: float = 0.0
+    val_documents: set[int] = field(default_factory=set)
+    fraction: float = 0.0  # and this share of all, when they are too many to be counted
     val_from_char: int | None = None  # too few documents: everything from this character on
 
     def is_val(self, document: int) -> bool:
-        if self.val_documents is not None:
-            return document in self.val_documents
-        return _spread(document) < self.fraction
+        return document in self.val_documents or _spread(document) < self.fraction
 
 
 def _spread(i: int) -> float:
@@ -92,55 +92,35 @@ def prepare(
     """Tokenize `names` (files, folders, globs, corpora) into the folder `out`.
 
     The same input again returns the stored report and touches nothing. Raises `UserError` for
-    input that can't be used and for an existing `out` with other content.
+    input that can't be used, for an existing `out` with other content, and while another process
+    writes `out`.
     """
-    out = Path(out)
+    if workers is not None and not 1 <= workers <= _MAX_WORKERS:
+        raise UserError(f"workers={workers} must lie between 1 and {_MAX_WORKERS}")
     tell = progress or (lambda what, done, total: None)
     inputs = sources.resolve(names, progress=tell)
     val_inputs = sources.resolve([config.val], progress=tell) if config.val else []
     stamps = [sources.fingerprint(source) for source in (*inputs, *val_inputs)]
     key = data_key(stamps, config)
+    out = Path(out)
     if is_prepared(out) and _stored_key(out) == key:
         return _stored_report(out)
-    if out.exists() and not overwrite and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} exists already with other content; choose another --out, "
-                        "or say --overwrite")  # fmt: skip
-    if out.exists() and (not out.is_dir() or any(not _is_ours(path) for path in out.iterdir())):
-        raise UserError(f"{out} holds other files than prepared data; --overwrite leaves it alone")
-    partial, old = (out.with_name(f".{out.name}.{name}") for name in ("partial", "previous"))
-    with explain_os_errors(f"write {out}"):
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        try:
-            run = _Preparation(inputs, val_inputs, partial, config, workers, tell)
-            meta = run.go() | {
-                "fingerprint": key,
-                "sources": stamps,
-                "options": dataclasses.asdict(config),
-            }
-            _write_durably(partial / "meta.json", json.dumps(meta, indent=2).encode())
-            if out.exists():
-                os.replace(out, old)
-            os.replace(partial, out)
-            shutil.rmtree(old, ignore_errors=True)
-        finally:  # an error or Ctrl-C leaves nothing behind
-            shutil.rmtree(partial, ignore_errors=True)
+    files = [source.file for source in (*inputs, *val_inputs) if isinstance(source.file, Path)]
+    with new_folder(out, inputs=files, overwrite=overwrite) as folder:
+        run = _Preparation(inputs, val_inputs, folder, config, workers, tell)
+        stated = {"fingerprint": key, "sources": stamps, "options": dataclasses.asdict(config)}
+        meta = run.go() | stated
+        write_file(folder / "meta.json", json.dumps(meta, indent=2).encode())
     return run.report
-
-
-def _is_ours(path: Path) -> bool:
-    """A file that `prepare` writes; nanoGPT's train.bin is somebody else's."""
-    numbered = path.name.startswith(("train-", "val-")) and path.suffix == ".bin"
-    return numbered or path.name in ("meta.json", "tokenizer.json", "tokenizer_config.json")
 
 
 def data_key(stamps: list[dict[str, Any]], config: DataConfig) -> str:
     """Identifies the result: the content of the sources and everything that shapes the tokens."""
     content = [[stamp["sha256"], Path(stamp["name"]).suffix] for stamp in stamps]
-    tokenizer = Path(config.tokenizer)
-    if tokenizer.exists():  # a path: its content counts, not its name
-        file = tokenizer / "tokenizer.json" if tokenizer.is_dir() else tokenizer
-        content.append(["tokenizer", hashlib.sha256(file.read_bytes()).hexdigest()])
+    path = tokenizer_path(config.tokenizer)
+    if path is not None:  # its content counts, not its name
+        with explain_os_errors(f"read the tokenizer {path}"):
+            content.append(["tokenizer", hashlib.sha256(path.read_bytes()).hexdigest()])
     described = json.dumps([FORMAT, content, dataclasses.asdict(config)], sort_keys=True)
     return hashlib.sha256(described.encode()).hexdigest()[:16]
 
@@ -153,67 +133,18 @@ def _stored_key(out: Path) -> str | None:
 
 
 def _stored_report(out: Path) -> Report:
-    return Report(**json.loads((out / "meta.json").read_bytes())["report"], unchanged=True)
-
-
-def _write_durably(path: Path, content: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-class _Writer:
-    """The token files of one split, and where its documents begin."""
-
-    def __init__(self, folder: Path, name: str, dtype: str) -> None:
-        self.folder, self.name, self.dtype = folder, name, dtype
-        self.files: list[str] = []
-        self.tokens = 0
-        self.documents = array("Q")
-        self._file: BinaryIO | None = None
-        self._room = 0
-
-    def start_document(self, separator: int | None) -> None:
-        if separator is not None and self.documents:
-            self.write(np.array([separator]))
-        self.documents.append(self.tokens)
-
-    def write(self, tokens: np.ndarray) -> None:
-        while len(tokens):
-            if self._file is None or self._room == 0:
-                self.close()
-                self.files.append(f"{self.name}-{len(self.files):05d}.bin")
-                self._file = open(self.folder / self.files[-1], "wb")  # noqa: SIM115
-                self._room = _SHARD_TOKENS
-            part, tokens = tokens[: self._room], tokens[self._room :]
-            self._file.write(part.astype(self.dtype).data)
-            self._room -= len(part)
-            self.tokens += len(part)
-
-    def close(self) -> None:
-        if self._file is not None:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._file.close()
-            self._file = None
-
-    def finish(self) -> dict[str, Any]:
-        """Close everything; what meta.json says of this split."""
-        self.close()
-        starts = f"{self.name}-documents.bin"
-        _write_durably(self.folder / starts, np.array(self.documents, "<u8").tobytes())
-        return {"files": self.files, "tokens": self.tokens, "documents": len(self.documents),
-                "document_starts": starts}  # fmt: skip
+    stored = json.loads((out / "meta.json").read_bytes())["report"]
+    return Report(**stored | {"unchanged": True})
 
 
 @dataclass
 class _Part:
-    """A stretch of text on its way to a split."""
+    """A stretch of text on its way to a split; without text, a blank document to be counted."""
 
     split: str
     text: str
-    starts_document: bool
+    document: int = -1
+    seen: int = 0  # hash of the document up to here
 
 
 class _Preparation:
@@ -229,28 +160,28 @@ class _Preparation:
         tell: Progress,
     ) -> None:
         self.inputs, self.val_inputs, self.folder, self.config = inputs, val_inputs, folder, config
-        has_affinity = hasattr(os, "sched_getaffinity")  # in a container fewer than all cores
-        cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count()
-        self.workers = workers or cores or 1
+        self.workers = workers or usable_cores()
         self.tell = tell
         self.report = Report()
-        self.hashes = array("q")
+        self.skipped: dict[str, None] = {}  # in order, once each, however often it is read
+        self.hashes = array("q")  # of the documents that were kept
+        self.document = -1  # the last of them
 
     def go(self) -> dict[str, Any]:
-        split = _Split(val_documents=set()) if self.val_inputs else self._survey()
+        split = _Split() if self.val_inputs else self._survey()
         self.tokenizer: Tokenizer = build_tokenizer(self.config.tokenizer, self._vocabulary_texts)
-        self._fit_to_max_tokens(split)
         dtype = "<u2" if self.tokenizer.vocab_size <= 1 << 16 else "<u4"
-        self.writers = {name: _Writer(self.folder, name, dtype) for name in ("train", "val")}
+        self.writers = {
+            name: TokenWriter(self.folder, name, dtype, limit)
+            for name, limit in self._limits().items()
+        }
         self.used = np.zeros(self.tokenizer.vocab_size, dtype=np.int64)
         self.overlap = OverlapSample()
         self._encode(self._parts(split))
         for name, content in to_files(self.tokenizer).items():
-            _write_durably(self.folder / name, content)
+            write_file(self.folder / name, content)
         splits = {name: writer.finish() for name, writer in self.writers.items()}
         self._complete_report()
-        facts = dataclasses.asdict(self.report)
-        del facts["unchanged"]
         return {
             "format": FORMAT,
             "dtype": dtype,
@@ -258,88 +189,87 @@ class _Preparation:
             "tokenizer_kind": self.tokenizer.kind,
             "vocab_size": self.tokenizer.vocab_size,
             **splits,
-            "report": facts,
+            "report": dataclasses.asdict(self.report),
         }
+
+    def _limits(self) -> dict[str, int]:
+        """Tokens that each split may take: its share of max_tokens. A --val file is read whole."""
+        limit = self.config.max_tokens
+        if limit is None:
+            return {"train": sys.maxsize, "val": sys.maxsize}
+        if self.val_inputs:
+            return {"train": limit, "val": sys.maxsize}
+        val = max(1, round(limit * self.config.val_fraction))
+        return {"train": limit - val, "val": val}
 
     # -- reading ---------------------------------------------------------------------------------
 
     def _pieces(self, what: str, inputs: list[sources.Source]) -> Iterator[sources.Piece]:
+        """The text of `inputs`; of what `max_tokens` limits, only the beginning that may matter."""
         total, done = sources.total_bytes(inputs), 0
-        skipped: list[str] = []
+        room = sys.maxsize
+        if self.config.max_tokens is not None and inputs is self.inputs:
+            room = self.config.max_tokens * _CHARS_PER_TOKEN
 
         def on_bytes(n: int) -> None:
             nonlocal done
             done += n
             self.tell(what, done, total)
 
-        yield from sources.read_pieces(
+        pieces = sources.read_pieces(
             inputs,
             text_field=self.config.text_field,
             piece_chars=_PIECE_CHARS,
-            on_skip=lambda name, why: skipped.append(f"{name}: {why}"),
+            on_skip=lambda name, why: self.skipped.setdefault(f"{name}: {why}"),
             on_bytes=on_bytes,
         )
-        self.report.skipped = skipped or self.report.skipped
+        for text, starts_document in _empty_blanks(pieces):
+            yield sources.Piece(text[:room], starts_document)
+            room -= len(text)
+            if room <= 0:
+                return
 
     def _vocabulary_texts(self) -> Iterator[str]:
         return (piece.text for piece in self._pieces("learning the vocabulary", self.inputs))
 
     def _survey(self) -> _Split:
         """Count documents (up to `_MANY`) and characters, and decide how to split."""
+        fraction = self.config.val_fraction
         documents = characters = 0
-        for piece in self._pieces("looking through the text", self.inputs):
-            if not piece.text.isspace():
-                documents += piece.starts_document
-                characters += len(piece.text)
-            if documents > _MANY:
-                return _Split(fraction=self.config.val_fraction)
+        for text, starts_document in self._pieces("looking through the text", self.inputs):
+            documents += bool(text) and starts_document
+            characters += len(text)
+            if documents > _MANY:  # one at least, however small the share
+                return _Split({min(range(_MANY), key=_spread)}, fraction)
         if characters == 0:
-            raise UserError(f"{', '.join(s.name for s in self.inputs)}: there is no text in it")
-        n_val = int(documents * self.config.val_fraction)
+            raise UserError(f"{self._named()}: there is no text in it")
+        n_val = int(documents * fraction)
         if n_val:
-            return _Split(val_documents=set(sorted(range(documents), key=_spread)[:n_val]))
-        self.characters = characters
-        return _Split(set(), val_from_char=int(characters * (1 - self.config.val_fraction)))
-
-    def _fit_to_max_tokens(self, split: _Split) -> None:
-        """One document cut short: its validation part must lie before the end that is left."""
-        if split.val_from_char is None or self.config.max_tokens is None:
-            return
-        first = next(self._pieces("looking through the text", self.inputs)).text
-        per_token = len(first) / len(self.tokenizer.encode_array(first))
-        characters = min(self.characters, int(self.config.max_tokens * per_token))
-        split.val_from_char = int(characters * (1 - self.config.val_fraction))
+            return _Split(set(sorted(range(documents), key=_spread)[:n_val]))
+        return _Split(val_from_char=int(characters * (1 - fraction)))
 
     def _parts(self, split: _Split) -> Iterator[_Part]:
-        """Every piece of text with its split, in order; counts documents on the way."""
-        document, position = -1, 0
-        running = 0  # hash of the current document so far
+        """Every piece of text with its split, in order, until the splits are full."""
+        document, position, seen = -1, 0, 0
         name = "train"
         for source, inputs in (("train", self.inputs), ("val", self.val_inputs)):
-            for piece in self._pieces("tokenizing", inputs) if inputs else ():
-                text = piece.text
-                # A document of blanks teaches nothing. (A piece this short is never the
-                # beginning of a longer document.)
-                if piece.starts_document and len(text) < 1000 and text.isspace():
-                    self.report.too_short += 1
+            fed = [self.writers[s] for s in ([source] if self.val_inputs else self.writers)]
+            for text, starts_document in self._pieces("tokenizing", inputs) if inputs else ():
+                if not any(writer.room for writer in fed):
+                    break
+                if not text:
+                    yield _Part(source, text)
                     continue
-                if piece.starts_document:
-                    document += 1
-                    self.hashes.append(running)
-                    running = 0
+                if starts_document:
+                    document, seen = document + 1, 0
                     name = "val" if source == "val" or split.is_val(document) else "train"
-                running = hash((running, text))
-                self.report.characters += len(text)
+                seen = hash((seen, text))
                 cut = split.val_from_char
                 before = len(text) if cut is None else max(0, min(len(text), cut - position))
-                if before:
-                    yield _Part(name, text[:before], piece.starts_document)
-                if before < len(text):
-                    first = cut is not None and cut >= position  # the validation text begins here
-                    yield _Part("val", text[before:], piece.starts_document or first)
+                for into, stretch in ((name, text[:before]), ("val", text[before:])):
+                    if stretch and self.writers[into].room:
+                        yield _Part(into, stretch, document, seen)
                 position += len(text)
-        self.hashes.append(running)
-        self.report.documents = document + 1
 
     # -- encoding --------------------------------------------------------------------------------
 
@@ -352,48 +282,82 @@ class _Preparation:
                 waiting.append(pool.submit(self._encode_job, job))
                 if len(waiting) > 2 * self.workers:
                     self._write(*waiting.popleft().result())
-                if self._enough():
-                    break
-            while waiting and not self._enough():
+            while waiting:
                 self._write(*waiting.popleft().result())
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
-    def _enough(self) -> bool:
-        limit = self.config.max_tokens
-        return limit is not None and sum(w.tokens for w in self.writers.values()) >= limit
-
     def _encode_job(self, job: list[_Part]):
-        """In a worker: ids of every part, and this job's sample of windows per split."""
+        """In a worker: ids of every part, and its sample of windows."""
         ids = [self.tokenizer.encode_array(part.text) for part in job]
-        samples = [(p.split, self.overlap.sample(t)) for p, t in zip(job, ids, strict=True)]
-        return job, ids, samples
+        return job, ids, [self.overlap.sample(tokens) for tokens in ids]
 
-    def _write(self, job: list[_Part], ids: list[np.ndarray], samples: list) -> None:
-        separator = self.tokenizer.end_of_text
-        for part, tokens in zip(job, ids, strict=True):
+    def _write(self, job: list[_Part], ids: list[np.ndarray], samples: list[np.ndarray]) -> None:
+        """In order: what there is room for is written, and that alone is counted."""
+        kept = []
+        for part, tokens, sample in zip(job, ids, samples, strict=True):
             writer = self.writers[part.split]
-            if part.starts_document:
-                writer.start_document(separator)
-            writer.write(tokens)
-        self.used += np.bincount(np.concatenate(ids), minlength=len(self.used))
-        for split, hashes in samples:
-            self.overlap.add(split, hashes)
+            if not part.text:
+                self.report.too_short += writer.room > 0
+                continue
+            taken = writer.add(part.document, tokens, self.tokenizer.end_of_text)
+            if len(taken) == len(tokens):
+                characters, seen = len(part.text), part.seen
+            elif len(taken):  # a document cut short is no copy of another
+                characters, seen = len(self.tokenizer.decode(taken)), hash((part.seen, len(taken)))
+                sample = self.overlap.sample(taken)
+            else:
+                continue
+            self.report.characters += characters
+            if part.document != self.document:
+                self.document = part.document
+                self.hashes.append(0)
+            self.hashes[-1] = seen
+            self.overlap.add(part.split, sample)
+            kept.append(taken)
+        if kept:
+            self.used += np.bincount(np.concatenate(kept), minlength=len(self.used))
 
     # -- the report ------------------------------------------------------------------------------
+
+    def _named(self) -> str:
+        return first_of([source.name for source in self.inputs])
 
     def _complete_report(self) -> None:
         report = self.report
         train, val = self.writers["train"], self.writers["val"]
+        for what, writer in (("training", train), ("validation", val)):
+            if writer.tokens == 0:
+                raise UserError(
+                    f"{self._named()}: no text is left for {what}; use more text, "
+                    "a larger --max-tokens, another --val-fraction, or --val FILE"
+                )
         report.train_tokens, report.val_tokens = train.tokens, val.tokens
-        report.val_documents = len(val.documents)
+        report.documents, report.val_documents = len(self.hashes), len(val.documents)
+        report.skipped = list(self.skipped)
         report.vocab_size = len(self.used)
         report.vocab_used = int(np.count_nonzero(self.used))
         if self.tokenizer.kind == "char":
             report.unknown_tokens = int(self.used[-1])
-        hashes = np.array(self.hashes[1:])  # the first is the empty beginning
-        report.duplicates = len(hashes) - len(np.unique(hashes))
+        report.duplicates = report.documents - len(np.unique(self.hashes))
         report.overlap = self.overlap.share()
+
+
+def _empty_blanks(pieces: Iterable[sources.Piece]) -> Iterator[sources.Piece]:
+    """The same, but a document of blanks alone, which teaches nothing, is one empty piece."""
+    blank: list[sources.Piece] = []  # of a document that has shown nothing else so far
+    for piece in pieces:
+        if blank and piece.starts_document:
+            yield sources.Piece("", True)
+            blank = []
+        if (blank or piece.starts_document) and piece.text.isspace():
+            blank.append(piece)
+            continue
+        yield from blank
+        blank = []
+        yield piece
+    if blank:
+        yield sources.Piece("", True)
 
 
 def _jobs(parts: Iterable[_Part]) -> Iterator[list[_Part]]:

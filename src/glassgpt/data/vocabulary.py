@@ -26,6 +26,7 @@ from glassgpt.tokenizer import (
     train_bpe,
 )
 
+_BUILT_IN = ("char", "byte", "gpt2")  # and bpe:N
 _GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
 _GPT2_FILES = {
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
@@ -51,12 +52,21 @@ def build_tokenizer(name: str, texts: Callable[[], Iterator[str]]) -> Tokenizer:
         if not name[4:].isdecimal():
             raise UserError(f"tokenizer {name!r}: write the number of tokens, like bpe:1024")
         return train_bpe(_first_chars(texts(), _BPE_SAMPLE_CHARS), int(name[4:]))
-    if Path(name).exists():
-        return load_tokenizer(name)
+    path = tokenizer_path(name)
+    if path is not None:
+        return load_tokenizer(path)
     raise UserError(
-        f"no tokenizer {name!r}.{nearest(name, ('char', 'byte', 'gpt2', 'bpe:1024'))} "
+        f"no tokenizer {name!r}.{nearest(name, (*_BUILT_IN, 'bpe:1024'))} "
         "Choose char, byte, gpt2, bpe:N or the path of a tokenizer.json"
     )
+
+
+def tokenizer_path(name: str) -> Path | None:
+    """The file of a tokenizer that is named by its path; a built-in name wins over such a file."""
+    path = Path(name)
+    if name in _BUILT_IN or name.startswith("bpe:") or not path.exists():
+        return None
+    return path / "tokenizer.json" if path.is_dir() else path
 
 
 def _characters(texts: Iterator[str]) -> list[str]:

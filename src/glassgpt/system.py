@@ -1,0 +1,61 @@
+"""Small favours of the operating system: files whole or absent, locks, cores we may use.
+
+    write_file(Path("runs/book/config.json"), b"{}")
+
+This room knows neither what is in the files nor what the cores are used for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from glassgpt.errors import UserError, explain_os_errors
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write `content` so that `path` holds either all of it or what it held before."""
+    with explain_os_errors(f"write {path}"):
+        temporary = path.with_name(f".{path.name}.partial")
+        try:
+            with open(temporary, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+@contextlib.contextmanager
+def exclusive(thing: Path, lock: Path) -> Iterator[None]:
+    """Hold `thing` for this process alone, by the file `lock`, which even a killed process lets go.
+
+    Raises `UserError` while another process has it.
+    """
+    guard = FileLock(lock)
+    try:
+        with explain_os_errors(f"write {thing}"):
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            guard.acquire(timeout=0)
+    except Timeout:
+        raise UserError(f"{thing} is in use by another process; wait for it, or choose another "
+                        "--out") from None  # fmt: skip
+    try:
+        yield
+    finally:  # deleted while it is held, so it is ours and not the next one's
+        with contextlib.suppress(OSError):
+            lock.unlink()
+        guard.release()
+
+
+def usable_cores() -> int:
+    """Cores this process may use, which in a container is less than the machine has."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
