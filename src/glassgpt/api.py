@@ -38,11 +38,10 @@ class LoadedModel:
     @cached_property
     def model(self) -> GPT:
         """The torch module, in evaluation mode: `m.model(tokens)` gives logits (B, T, V)."""
-        from glassgpt.model import GPT, load_weights
+        from glassgpt.model import GPT
         from glassgpt.runtime import choose_device
 
-        model = GPT(self.config).eval()
-        load_weights(model, self.checkpoint.weights)
+        model = GPT.from_weights(self.config, self.checkpoint.weights)
         return model.to(choose_device(self.device))
 
     @cached_property

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import os
 import shutil
@@ -21,13 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors
-import safetensors.numpy
 
 from glassgpt.config import ModelConfig
 from glassgpt.convert.huggingface import config_from_json, from_huggingface, to_huggingface
 from glassgpt.errors import UserError, explain_os_errors
 from glassgpt.system import write_file
+from glassgpt.tensors import SafeTensors, write_tensors
 from glassgpt.tokenizer import Tokenizer, load_tokenizer, to_files
 from glassgpt.version import __version__
 
@@ -40,7 +38,7 @@ class Checkpoint:
     """A model as it lies on disk: config, weights, tokenizer, and where it came from."""
 
     config: ModelConfig
-    weights: dict[str, np.ndarray]
+    weights: Mapping[str, np.ndarray]  # names of model.py; read when they are asked for
     tokenizer: Tokenizer
     info: dict[str, Any] = field(default_factory=dict)  # glassgpt.json: step, losses, options
 
@@ -63,55 +61,6 @@ def read_json(path: Path) -> Any:
         return value
     except ValueError as error:
         raise UserError(f"{path} is damaged: {error}; restore it or train again") from error
-
-
-def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """A safetensors file whose metadata hold the SHA-256 of its tensors."""
-    metadata = {"format": "pt", "sha256": _digest(tensors)}
-    tensors = {n: np.require(t, requirements="C") for n, t in tensors.items()}
-    write_file(path, safetensors.numpy.save(tensors, metadata=metadata))
-
-
-def read_tensors(path: Path) -> dict[str, np.ndarray]:
-    """Raises `UserError` when the file is missing, cut short, or not what was written."""
-    with explain_os_errors(f"read {path}"):
-        path.stat()
-    try:
-        with safetensors.safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
-            names = list(file.keys())
-            if any(file.get_slice(name).get_dtype() == "BF16" for name in names):
-                tensors = _widen_bfloat16(path)
-            else:
-                tensors = {name: file.get_tensor(name) for name in names}
-    except (safetensors.SafetensorError, ValueError, OSError, KeyError) as error:
-        raise UserError(f"{path} is truncated or damaged: {error}") from error
-    if "sha256" in metadata and metadata["sha256"] != _digest(tensors):
-        raise UserError(f"{path} is damaged: its content does not match its checksum")
-    return tensors
-
-
-def _widen_bfloat16(path: Path) -> dict[str, np.ndarray]:
-    """NumPy has no bfloat16; it is the upper half of a float32, so widening is exact."""
-    tensors = {}
-    for name, stored in safetensors.deserialize(path.read_bytes()):
-        if stored["dtype"] == "BF16":
-            upper = np.frombuffer(stored["data"], np.uint16).astype(np.uint32)
-            array = (upper << 16).view(np.float32)
-        else:
-            array = np.frombuffer(
-                stored["data"], {"F32": np.float32, "F16": np.float16}[stored["dtype"]]
-            )
-        tensors[name] = array.reshape(stored["shape"])
-    return tensors
-
-
-def _digest(tensors: Mapping[str, np.ndarray]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        digest.update(f"{name} {tensors[name].dtype} {tensors[name].shape}\n".encode())
-        digest.update(np.ascontiguousarray(tensors[name]).data)
-    return digest.hexdigest()
 
 
 # -- models --------------------------------------------------------------------------------------
@@ -155,8 +104,7 @@ def load_model(path: str | Path) -> Checkpoint:
             config = ModelConfig(**info["model"])
         except TypeError as error:
             raise UserError(f"{folder / 'glassgpt.json'} is damaged: {error}") from error
-    tensors = read_tensors(folder / "model.safetensors")
-    weights = from_huggingface(config, tensors, str(folder / "model.safetensors"))
+    weights = from_huggingface(config, SafeTensors(_weight_files(folder)), str(folder))
     tokenizer = load_tokenizer(folder)
     if tokenizer.vocab_size > config.vocab_size:
         raise UserError(
@@ -173,11 +121,32 @@ def find_model(path: str | Path) -> Path:
         raise UserError(f"{path} does not exist; name a run directory (see: ls runs)")
     if not path.is_dir():
         raise UserError(f"{path} is a file; name the run directory that holds a model")
-    if (path / "model.safetensors").exists() and (path / "config.json").exists():
-        return path
-    if (path / LAST / "model.safetensors").exists():
-        return path / LAST
+    for folder in (path, path / LAST):
+        if (folder / "config.json").exists() and any(f.exists() for f in _weights_of(folder)):
+            return folder
+    if (path / "config.json").exists() and any(path.glob("*.bin")):
+        raise UserError(f"{path} holds its weights as pickles (*.bin), which could run anything; "
+                        "fetch the version with model.safetensors")  # fmt: skip
     raise UserError(f"{path} holds no model (no config.json with model.safetensors)")
+
+
+def _weights_of(folder: Path) -> tuple[Path, Path]:
+    """One file, or the list of several."""
+    return folder / "model.safetensors", folder / "model.safetensors.index.json"
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    single, index = _weights_of(folder)
+    if single.exists():
+        return [single]
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not names:
+        raise UserError(f"{index} is damaged: it has no weight_map")
+    files = [folder / Path(str(name)).name for name in sorted(set(names.values()))]
+    for file in files:
+        if not file.exists():
+            raise UserError(f"{file} is missing, though {index.name} names it; fetch it again")
+    return files
 
 
 # -- what resuming needs -------------------------------------------------------------------------
@@ -219,10 +188,10 @@ def find_training(run: str | Path) -> Path:
     raise UserError(f"{run} has no checkpoint to resume from; start again with another --out")
 
 
-def load_training(run: str | Path) -> tuple[Checkpoint, dict[str, np.ndarray], dict[str, Any]]:
+def load_training(run: str | Path) -> tuple[Checkpoint, Mapping[str, np.ndarray], dict[str, Any]]:
     """(model, optimizer tensors, state) of the newest training checkpoint."""
     folder = find_training(run)
-    tensors = read_tensors(folder / "optimizer.safetensors")
+    tensors = SafeTensors([folder / "optimizer.safetensors"])
     return load_model(folder), tensors, read_json(folder / "state.json")
 
 

@@ -45,6 +45,35 @@ _SIZE = dict(context_length=128, n_layer=4, n_head=4, n_embd=128)
 
 
 @dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """How rotary positions were stretched after training, to a longer context.
+
+    linear: every pair turns slower by `factor`. llama3: only pairs whose wavelength is long
+    against the context they were trained on; those in between by a blend (Llama 3.1's rule).
+    """
+
+    kind: Literal["linear", "llama3"]
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_context_length: int = 8192
+
+    def __post_init__(self) -> None:
+        ok = self.factor > 0 and self.original_context_length > 0
+        if not ok or not 0 < self.low_freq_factor < self.high_freq_factor:
+            raise UserError(f"rope scaling {dataclasses.asdict(self)} makes no sense")
+
+    def __call__(self, frequency: float) -> float:
+        """The frequency (radians per position) that takes the place of this one."""
+        if self.kind == "linear":
+            return frequency / self.factor
+        turns = self.original_context_length * frequency / (2 * math.pi)  # over the old context
+        blend = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
+        kept = min(1.0, max(0.0, blend))
+        return kept * frequency + (1 - kept) * frequency / self.factor
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The architecture, complete: two equal configs have interchangeable weights.
 
@@ -68,6 +97,9 @@ class ModelConfig:
     tie_embeddings: Annotated[bool, "output head shares the token embedding"] = True
     dropout: Annotated[float, "share of activations dropped in training"] = 0.0
     rope_theta: Annotated[float, "longest wavelength of the rotary positions"] = 10000.0
+    rope_scaling: Annotated[RopeScaling | None, "how they were stretched (loaded, not chosen)"] = (
+        None
+    )
     norm_eps: Annotated[float, "added to the variance before its root"] = 1e-5
 
     @classmethod
@@ -96,6 +128,8 @@ class ModelConfig:
         return cls(**values)
 
     def __post_init__(self) -> None:
+        if isinstance(self.rope_scaling, dict):  # from JSON
+            object.__setattr__(self, "rope_scaling", RopeScaling(**self.rope_scaling))
         for name in ("vocab_size", "context_length", "n_head", "n_kv_head", "n_embd", "head_dim"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1")
@@ -140,6 +174,17 @@ class ModelConfig:
             f"norm={self.norm}, position={self.position}, qk_norm={self.qk_norm} is no architecture"
             " that other tools load; use --shape gpt2 or --shape modern"
         )
+
+    @property
+    def rope_frequencies(self) -> list[float]:
+        """Radians per position of each of the D/2 pairs of a head's dimensions.
+
+        Pair i turns by theta^(-2i/D) (RoFormer, arXiv:2104.09864, eq. 15): the first pairs are
+        the second hand of a clock, the last its hour hand.
+        """
+        D = self.head_dim
+        frequencies = [self.rope_theta ** (-2 * i / D) for i in range(D // 2)]
+        return list(map(self.rope_scaling, frequencies)) if self.rope_scaling else frequencies
 
     @property
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -326,7 +371,7 @@ def option_types() -> dict[str, Any]:
     hints["shape"] = Annotated[Shape, "architecture: modern (RMSNorm, RoPE, SwiGLU) or gpt2"]
     for cls in (TrainConfig, DataConfig, ModelConfig):
         hints |= typing.get_type_hints(cls, include_extras=True)
-    del hints["vocab_size"]  # the tokenizer decides
+    del hints["vocab_size"], hints["rope_scaling"]  # the tokenizer decides; a checkpoint has it
     return hints
 
 

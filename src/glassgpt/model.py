@@ -12,6 +12,7 @@ The residual stream x is (B, T, C) from the embedding to the head; every block a
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -41,13 +42,8 @@ def make_norm(config: ModelConfig, width: int) -> nn.Module:
 
 
 def rotary_angles(config: ModelConfig) -> torch.Tensor:
-    """Angle of every position for every pair of a head's dimensions.  -> (context_length, D/2)
-
-    Pair i turns by theta^(-2i/D) radians per position (RoFormer, arXiv:2104.09864, eq. 15):
-    the first pairs are the second hand of a clock, the last its hour hand.
-    """
-    pairs = torch.arange(0, config.head_dim, 2, dtype=torch.float64)
-    frequencies = config.rope_theta ** (-pairs / config.head_dim)  # (D/2,)
+    """Angle of every position for every pair of a head's dimensions.  -> (context_length, D/2)"""
+    frequencies = torch.tensor(config.rope_frequencies, dtype=torch.float64)  # (D/2,)
     return torch.outer(torch.arange(config.context_length), frequencies)  # (context_length, D/2)
 
 
@@ -201,11 +197,28 @@ class GPT(nn.Module):
             self.head.weight = self.token_embedding.weight
         if not learned:
             # A table of the config, not a weight: never saved, rebuilt from rope_theta.
-            angles = rotary_angles(config).repeat(1, 2)  # (context_length, D)
+            with torch.device("cpu"):
+                angles = rotary_angles(config).repeat(1, 2)  # (context_length, D)
             dtype = self.head.weight.dtype
             self.register_buffer("cos", angles.cos().to(dtype), persistent=False)
             self.register_buffer("sin", angles.sin().to(dtype), persistent=False)
         self.init_weights()
+
+    @classmethod
+    def from_weights(cls, config: ModelConfig, weights: Mapping[str, np.ndarray]) -> GPT:
+        """A model with these weights (names of model.py), in evaluation mode.
+
+        Never two copies in memory: parameters are made without storage and take each array's
+        copy as it comes.
+        """
+        with torch.device("meta"):
+            model = cls(config)
+        tensors = {name: torch.from_numpy(np.array(weights[name], dtype=np.float32, order="C"))
+                   for name in config.weight_shapes}  # fmt: skip
+        model.load_state_dict(tensors, strict=False, assign=True)
+        if config.tie_embeddings:
+            model.head.weight = model.token_embedding.weight
+        return model.eval()
 
     @torch.no_grad()
     def init_weights(self) -> None:
@@ -272,9 +285,8 @@ class GPT(nn.Module):
             self.cos, self.sin = self.cos[:context_length], self.sin[:context_length]
 
 
-def load_weights(model: GPT, weights: dict[str, np.ndarray]) -> None:
-    """Copy NumPy weights (names of model.py) into a model."""
-    tensors = {name: torch.from_numpy(np.ascontiguousarray(w)) for name, w in weights.items()}
-    if model.config.tie_embeddings:
-        tensors["head.weight"] = tensors["token_embedding.weight"]
-    model.load_state_dict(tensors)
+@torch.no_grad()
+def load_weights(model: GPT, weights: Mapping[str, np.ndarray]) -> None:
+    """Copy NumPy weights (names of model.py) into a model, one after the other."""
+    for name, parameter in model.named_parameters():
+        parameter.copy_(torch.from_numpy(np.array(weights[name], dtype=np.float32)))

@@ -73,7 +73,7 @@ def restore_optimizer(
 ) -> None:
     """Take back what `optimizer_tensors` gave."""
     for name, parameter in model.named_parameters():
-        parts = {key: torch.from_numpy(tensors[f"{key}.{name}"]) for key in _ADAM_STATE}
+        parts = {key: torch.from_numpy(np.array(tensors[f"{key}.{name}"])) for key in _ADAM_STATE}
         optimizer.state[parameter] = {
             key: part.to(parameter.device) if part.dim() else part for key, part in parts.items()
         }

@@ -16,7 +16,7 @@ import signal
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -106,7 +106,7 @@ class Trainer:
         self.recent: deque[float] = deque(maxlen=50)
 
     def restore(
-        self, saved: ckpt.Checkpoint, optimizer: dict[str, np.ndarray], state: dict[str, Any]
+        self, saved: ckpt.Checkpoint, optimizer: Mapping[str, np.ndarray], state: dict[str, Any]
     ) -> None:
         """Continue where `save` left off."""
         load_weights(self.model, saved.weights)

@@ -23,11 +23,12 @@ from transformers import (
 
 import glassgpt
 from conftest import tiny_config, tiny_model, weights_of
-from glassgpt.checkpoint import Checkpoint, load_model, read_tensors, save_model, write_tensors
-from glassgpt.config import ModelConfig
+from glassgpt.checkpoint import Checkpoint, load_model, save_model
+from glassgpt.config import ModelConfig, RopeScaling
 from glassgpt.data.vocabulary import build_tokenizer
 from glassgpt.errors import UserError
 from glassgpt.model import GPT, load_weights
+from glassgpt.tensors import SafeTensors, write_tensors
 from glassgpt.tokenizer import CharTokenizer, to_files
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz .,!?\n-:;'"  # 36 and <unk>: the 37 of tiny_config
@@ -36,6 +37,9 @@ TEXT = (
     "  Zwölf Boxkämpfer jagen Viktor\r\n\t你好，世界。 😀👩‍👩‍👧 e\u0301 naïve <|endoftext|>\n"
 )
 
+# Against a context of 13: the first pair keeps its frequency, the last is slowed, one lies between.
+LLAMA3 = RopeScaling(kind="llama3", factor=8.0, low_freq_factor=0.5, high_freq_factor=2.0,
+                     original_context_length=12)  # fmt: skip
 OURS = {
     "gpt2": tiny_config("gpt2"),
     "gpt2-no-bias": tiny_config("gpt2", bias=False),
@@ -49,6 +53,11 @@ OURS = {
     "qwen3-untied": tiny_config("modern", tie_embeddings=False, dropout=0.2, rope_theta=40.0),
     "qwen3-no-groups": tiny_config("modern", n_kv_head=6),
     "bigram": tiny_config("modern", n_layer=0),
+    "llama-linear": tiny_config(
+        "modern", qk_norm=False, rope_scaling=RopeScaling(kind="linear", factor=2.5)
+    ),
+    "llama-llama3": tiny_config("modern", qk_norm=False, rope_theta=90.0, rope_scaling=LLAMA3),
+    "qwen3-llama3": tiny_config("modern", tie_embeddings=False, rope_scaling=LLAMA3),
 }
 ARCHITECTURES = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM",
                  "qwen3": "Qwen3ForCausalLM"}  # fmt: skip
@@ -111,6 +120,24 @@ THEIRS = {
     "llama-plain": lambda: LlamaForCausalLM(
         LlamaConfig(**LLAMA | dict(num_key_value_heads=None, head_dim=None, hidden_size=24))
     ),
+    "llama-linear": lambda: LlamaForCausalLM(
+        LlamaConfig(
+            **LLAMA, rope_parameters={"rope_type": "linear", "factor": 3.0, "rope_theta": 1e4}
+        )
+    ),
+    "llama-llama3": lambda: LlamaForCausalLM(
+        LlamaConfig(
+            **LLAMA | {"head_dim": 8},
+            rope_parameters={
+                "rope_type": "llama3",
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 12,
+                "rope_theta": 50.0,
+            },
+        )
+    ),
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**LLAMA)),
     "qwen3-theta": lambda: Qwen3ForCausalLM(
         Qwen3Config(**LLAMA, rope_parameters={"rope_type": "default", "rope_theta": 55.0})
@@ -152,13 +179,13 @@ def test_we_read_what_transformers_saves(tmp_path: Path, name: str) -> None:
     assert ours.config.n_parameters == sum(p.numel() for p in theirs.parameters())
 
 
-@pytest.mark.parametrize("name", ["gpt2", "gpt2-untied", "llama", "qwen3-tied"])
+@pytest.mark.parametrize("name", ["gpt2", "gpt2-untied", "llama", "llama-llama3", "qwen3-tied"])
 def test_to_theirs_and_back_is_exact(tmp_path: Path, name: str) -> None:
     torch.manual_seed(2)
     save_theirs(tmp_path / "theirs", THEIRS[name]())
     checkpoint = load_model(tmp_path / "theirs")
     save_model(tmp_path / "ours", checkpoint)
-    first, second = (read_tensors(tmp_path / f / "model.safetensors") for f in ("theirs", "ours"))
+    first, second = (SafeTensors([tmp_path / f / "model.safetensors"]) for f in ("theirs", "ours"))
     assert first.keys() == second.keys()
     assert all(np.array_equal(first[key], second[key]) for key in first)
 
@@ -177,6 +204,80 @@ def test_we_read_half_precision(tmp_path: Path, dtype: torch.dtype) -> None:
     torch.testing.assert_close(ours(tokens), theirs(tokens).logits, rtol=0, atol=1e-4)
 
 
+LONG = dict(max_position_embeddings=256)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "llama3", "qwen3", "qwen3-tied"])
+@torch.inference_mode()
+def test_greedy_text_of_200_tokens_is_theirs(tmp_path: Path, name: str) -> None:
+    torch.manual_seed(5)
+    llama3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+              "original_max_position_embeddings": 64, "rope_theta": 1e4}  # fmt: skip
+    theirs = {
+        "gpt2": lambda: GPT2LMHeadModel(GPT2Config(**GPT2 | dict(n_positions=256))),
+        "llama": lambda: LlamaForCausalLM(LlamaConfig(**LLAMA | LONG)),
+        "llama3": lambda: LlamaForCausalLM(LlamaConfig(**LLAMA | LONG, rope_parameters=llama3)),
+        "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**LLAMA | LONG)),
+        "qwen3-tied": lambda: Qwen3ForCausalLM(
+            Qwen3Config(**LLAMA | LONG, tie_word_embeddings=True)
+        ),
+    }[name]()
+    save_theirs(tmp_path, theirs)
+    assert greedy_ours(tmp_path, [3, 1, 4]) == greedy_theirs(theirs, [3, 1, 4])
+
+
+def greedy_ours(folder: Path, prompt: list[int], n: int = 200) -> list[int]:
+    model = glassgpt.load(folder)
+    logits = model.engine.start(np.array([prompt]))
+    tokens = [int(logits.argmax())]
+    while len(tokens) < n:
+        tokens.append(int(model.engine.step(np.array(tokens[-1:])).argmax()))
+    return tokens
+
+
+def greedy_theirs(model: Any, prompt: list[int], n: int = 200) -> list[int]:
+    out = model.generate(torch.tensor([prompt]), max_new_tokens=n, min_new_tokens=n,
+                         do_sample=False, pad_token_id=0)  # fmt: skip
+    return out[0, len(prompt) :].tolist()
+
+
+@torch.inference_mode()
+def test_a_full_size_gpt2(tmp_path: Path) -> None:
+    """124 million random weights: logits, and 200 greedy tokens, as transformers has them."""
+    torch.manual_seed(6)
+    theirs = GPT2LMHeadModel(GPT2Config(initializer_range=0.05)).eval()
+    theirs.save_pretrained(tmp_path)
+    for name, content in to_files(CharTokenizer.from_characters(LETTERS)).items():
+        (tmp_path / name).write_bytes(content)
+    ours = glassgpt.load(tmp_path)
+    assert ours.config.n_parameters == 124_439_808
+    tokens = random_tokens(50257, B=1, T=70)
+    torch.testing.assert_close(ours.model(tokens), theirs(tokens).logits, rtol=0, atol=1e-4)
+    prompt = tokens[0, :20].tolist()
+    assert greedy_ours(tmp_path, prompt) == greedy_theirs(theirs, prompt)
+
+
+@torch.inference_mode()
+def test_we_read_shards(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    theirs = LlamaForCausalLM(LlamaConfig(**LLAMA))
+    save_theirs(tmp_path, theirs)
+    whole = SafeTensors([tmp_path / "model.safetensors"])
+    (tmp_path / "model.safetensors").unlink()
+    theirs.save_pretrained(tmp_path, max_shard_size=4000)
+    shards = sorted(tmp_path.glob("model-*.safetensors"))
+    assert len(shards) > 2
+    assert not (tmp_path / "model.safetensors").exists()
+    tokens = random_tokens(41)
+    torch.testing.assert_close(
+        read_by_us(tmp_path)(tokens), theirs(tokens).logits, rtol=0, atol=1e-4
+    )
+    assert set(SafeTensors(shards)) == set(whole)
+    shards[1].unlink()
+    with pytest.raises(UserError, match=f"{shards[1].name} is missing"):
+        load_model(tmp_path)
+
+
 @torch.inference_mode()
 def test_we_read_gpt2_as_openai_published_it(tmp_path: Path) -> None:
     """On the hub its tensors lack "transformer." and the causal masks are among them."""
@@ -184,7 +285,7 @@ def test_we_read_gpt2_as_openai_published_it(tmp_path: Path) -> None:
     theirs = GPT2LMHeadModel(GPT2Config(**GPT2))
     save_theirs(tmp_path, theirs)
     path = tmp_path / "model.safetensors"
-    tensors = {k.removeprefix("transformer."): v for k, v in read_tensors(path).items()}
+    tensors = {k.removeprefix("transformer."): v for k, v in SafeTensors([path]).items()}
     tensors |= {f"h.{layer}.attn.bias": np.tril(np.ones((1, 1, 14, 14), np.float32))
                 for layer in range(2)}  # fmt: skip
     write_tensors(path, tensors)
@@ -213,10 +314,10 @@ def test_we_read_gpt2_as_openai_published_it(tmp_path: Path) -> None:
             lambda: LlamaForCausalLM(
                 LlamaConfig(
                     **LLAMA,
-                    rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4},
+                    rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4},
                 )
             ),
-            "linear",
+            "dynamic",
         ),
         (lambda: Qwen3ForCausalLM(Qwen3Config(**LLAMA, hidden_act="relu")), "hidden_act"),
         (

@@ -77,7 +77,10 @@ def test_precedence_is_defaults_preset_file_given(tmp_path: Path) -> None:
 def test_split_options_gives_every_option_one_place() -> None:
     parts = [names_of(cls) for cls in (ModelConfig, DataConfig, TrainConfig)]
     assert sum(map(len, parts)) == len(set().union(*parts))
-    assert set().union(*parts) | {"data", "shape"} == set(option_types()) | {"vocab_size"}
+    assert set().union(*parts) | {"data", "shape"} == set(option_types()) | {
+        "vocab_size",
+        "rope_scaling",
+    }
 
 
 @pytest.mark.parametrize("name", preset_names())

@@ -3,18 +3,20 @@
     config_json, tensors = to_huggingface(config, weights, end_of_text=50256)
 
 Works on NumPy arrays and only renames, transposes, splits and joins them, so a round trip is
-exact to the last bit. It knows no file and no torch.
+exact to the last bit; reading, each when it is asked for. It knows no file and no torch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from glassgpt.config import Family, ModelConfig
+from glassgpt.config import Family, ModelConfig, RopeScaling
 from glassgpt.errors import UserError
+from glassgpt.tensors import Lazy, shapes_of
 
 _ARCHITECTURES: dict[Family, str] = {
     "gpt2": "GPT2LMHeadModel",
@@ -44,32 +46,48 @@ def to_huggingface(
 
 def from_huggingface(
     config: ModelConfig, tensors: Mapping[str, np.ndarray], where: str = "the checkpoint"
-) -> dict[str, np.ndarray]:
-    """The tensors of a checkpoint -> our weights; raises `UserError` for missing or misshapen."""
-    weights: dict[str, np.ndarray] = {}
-    shapes = config.weight_shapes
-    if config.family == "gpt2" and "wte.weight" in tensors:
-        tensors = {
-            n if n == "lm_head.weight" else f"transformer.{n}": t for n, t in tensors.items()
-        }
+) -> Mapping[str, np.ndarray]:
+    """The tensors of a checkpoint -> our weights, each made when it is asked for.
+
+    Raises `UserError` for missing or misshapen ones at once.
+    """
+    found, expected = shapes_of(tensors), config.weight_shapes
+    # The base model alone, as OpenAI's own gpt2 is stored, lacks the first part of the names.
+    prefix = "transformer." if config.family == "gpt2" else "model."
+    bare = not any(name.startswith(prefix) for name in found)
+    makers = {}
     for theirs, ours, transposed in _tensor_names(config):
-        parts = []
-        for name in theirs if isinstance(theirs, tuple) else (theirs,):
-            if name not in tensors:
+        names = [theirs] if isinstance(theirs, str) else list(theirs)
+        names = [name.removeprefix(prefix) if bare else name for name in names]
+        for name in names:
+            if name not in found:
                 raise UserError(f"{where}: the tensor {name} is missing")
-            parts.append(tensors[name])
-        tensor = np.concatenate(parts) if len(parts) > 1 else parts[0]
         if ours.endswith("bias") and not config.bias:
-            if np.any(tensor):
-                raise UserError(f"{where}: {theirs} is not zero, but the model has no biases")
+            if np.any(tensors[names[0]]):
+                raise UserError(f"{where}: {names[0]} is not zero, but the model has no biases")
             continue
-        weights[ours] = tensor.T if transposed else tensor
-        if weights[ours].shape != shapes[ours]:
-            raise UserError(
-                f"{where}: {theirs} has shape {tensor.shape}, which does not fit the config "
-                f"({ours} is {shapes[ours]})"
-            )
-    return weights
+        wanted = _stored_shapes(config, expected[ours], len(names), transposed)
+        for name, shape in zip(names, wanted, strict=True):
+            if found[name] != shape:
+                raise UserError(f"{where}: {name} has shape {found[name]}; with this config it "
+                                f"would be {shape}")  # fmt: skip
+        makers[ours] = partial(_join, tensors, names, transposed)
+    return Lazy(makers)
+
+
+def _stored_shapes(
+    config: ModelConfig, ours: tuple[int, ...], parts: int, transposed: bool
+) -> list[tuple[int, ...]]:
+    if parts == 3:  # q, k and v
+        rows = [heads * config.head_dim for heads in (config.n_head, *[config.n_kv_head] * 2)]
+        return [(n, config.n_embd) for n in rows]
+    return [ours[::-1] if transposed else ours]
+
+
+def _join(tensors: Mapping[str, np.ndarray], names: list[str], transposed: bool) -> np.ndarray:
+    if len(names) > 1:
+        return np.concatenate([tensors[name] for name in names])
+    return tensors[names[0]].T if transposed else tensors[names[0]]
 
 
 def config_from_json(values: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
@@ -114,9 +132,9 @@ def _gpt2_config(values: Mapping[str, Any]) -> ModelConfig:
 
 def _llama_config(values: Mapping[str, Any], kind: str) -> ModelConfig:
     rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
-    scaling = rope.get("rope_type", rope.get("type", "default"))
-    if scaling != "default" or values.get("attention_bias") or values.get("mlp_bias"):
-        raise UserError(f"config.json: rope scaling {scaling!r} or biases are not supported")
+    for name in ("attention_bias", "mlp_bias"):
+        if values.get(name):
+            raise UserError(f"config.json: {name} is not supported")
     if values.get("hidden_act", "silu") != "silu":
         raise UserError(f"config.json: hidden_act {values['hidden_act']!r} is not supported")
     if values.get("use_sliding_window"):
@@ -135,8 +153,40 @@ def _llama_config(values: Mapping[str, Any], kind: str) -> ModelConfig:
         qk_norm=kind == "qwen3",
         tie_embeddings=values.get("tie_word_embeddings", False),
         rope_theta=float(rope.get("rope_theta", values.get("rope_theta", 10000.0))),
+        rope_scaling=_rope_scaling(rope),
         norm_eps=values["rms_norm_eps"],
     )
+
+
+def _rope_scaling(rope: Mapping[str, Any]) -> RopeScaling | None:
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return None
+    if kind == "linear":
+        return RopeScaling(kind="linear", factor=float(rope["factor"]))
+    if kind == "llama3":
+        return RopeScaling(
+            kind="llama3",
+            factor=float(rope["factor"]),
+            low_freq_factor=float(rope["low_freq_factor"]),
+            high_freq_factor=float(rope["high_freq_factor"]),
+            original_context_length=rope["original_max_position_embeddings"],
+        )
+    raise UserError(f"config.json: rope scaling {kind!r} is not supported; linear and llama3 are")
+
+
+def _rope_json(config: ModelConfig) -> dict[str, Any]:
+    scaling, theta = config.rope_scaling, {"rope_theta": config.rope_theta}
+    if scaling is None:
+        return {"rope_type": "default"} | theta
+    values = {"rope_type": scaling.kind, "factor": scaling.factor} | theta
+    if scaling.kind == "llama3":
+        values |= {
+            "low_freq_factor": scaling.low_freq_factor,
+            "high_freq_factor": scaling.high_freq_factor,
+            "original_max_position_embeddings": scaling.original_context_length,
+        }
+    return values
 
 
 def _config_json(config: ModelConfig, end_of_text: int | None) -> dict[str, Any]:
@@ -172,7 +222,8 @@ def _config_json(config: ModelConfig, end_of_text: int | None) -> dict[str, Any]
         "hidden_act": "silu",
         "rms_norm_eps": config.norm_eps,
         "rope_theta": config.rope_theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "rope_parameters": _rope_json(config),  # transformers 5; the next line is for 4
+        "rope_scaling": _rope_json(config) if config.rope_scaling else None,
         "attention_bias": False,
         "attention_dropout": config.dropout,
     }
