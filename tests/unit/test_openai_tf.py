@@ -132,9 +132,9 @@ def test_the_release_folder_becomes_config_weights_and_tokenizer() -> None:
 
 
 def test_weights_are_read_at_each_access_and_not_before(release: Path) -> None:
-    _, weights, _ = load_openai(release)
     data = release / "model.ckpt.data-00000-of-00001"
     data.write_bytes(bytes(data.stat().st_size))
+    _, weights, _ = load_openai(release)  # doesn't notice
     assert "blocks.0.attn.qkv.bias" in weights  # no reading for that
     assert len(list(weights)) == len(weights) == len(TENSORS)
     with pytest.raises(UserError, match="checksum"):
@@ -234,6 +234,7 @@ BAD_INDEXES = {
     "empty": (b"", "cut short"),
     "truncated": (SOUND[:-1], "cut short"),
     "beginning lost": (SOUND[100:], "cut short|checksum|ends"),
+    "only the end": (SOUND[-18:], "cut short|does not end"),
     "wrong magic": (SOUND[:-8] + bytes(8), "no TensorFlow index"),
     "no footer": (bytes(40) + SOUND[-8:], "cut short"),
     "endless number": (b"\xff" * 40 + SOUND[-8:], "does not end"),
@@ -386,6 +387,11 @@ def test_more_tensors_than_the_model_has_do_no_harm(tmp_path: Path) -> None:
     np.testing.assert_array_equal(weights["token_embedding.weight"], TENSORS["model/wte"])
 
 
+FEWER_BYTES = json.dumps(
+    {token: i for i, token in enumerate(token for token in make.vocabulary()[0] if token != "z")}
+).encode()
+
+
 @pytest.mark.parametrize(
     ("file", "content", "reason"),
     [
@@ -398,6 +404,7 @@ def test_more_tensors_than_the_model_has_do_no_harm(tmp_path: Path) -> None:
         ("encoder.json", b"{}", "encoder.json"),
         ("encoder.json", b'{"<|endoftext|>": 0}', "encoder.json"),
         ("encoder.json", b"[1]", "encoder.json"),
+        ("encoder.json", FEWER_BYTES, "not every byte has an id"),
         ("vocab.bpe", b"#version\nq z\n", "vocab.bpe"),
         ("vocab.bpe", b"#version\nqqq\n", "vocab.bpe"),
         ("vocab.bpe", b"\xff", "vocab.bpe"),

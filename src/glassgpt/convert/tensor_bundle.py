@@ -127,7 +127,7 @@ class TensorBundle(Mapping[str, np.ndarray]):
 
 def _read_table(raw: bytes) -> dict[str, bytes]:
     """The whole table: an index of blocks, each with the next keys in order, found by a footer."""
-    if len(raw) < _FOOTER or int.from_bytes(raw[-8:], "little") != _MAGIC:
+    if int.from_bytes(raw[-8:], "little") != _MAGIC:
         raise ValueError("it is no TensorFlow index, or cut short")
     footer, position = raw[-_FOOTER:], 0
     for _ in range(2):  # skips offset and size of a block that TensorFlow leaves empty
