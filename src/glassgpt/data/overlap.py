@@ -25,6 +25,7 @@ class OverlapSample:
     def __init__(self) -> None:
         self.bits = 0  # a window is kept when its hash ends in this many zero bits
         self._kept: dict[str, list[np.ndarray]] = {"train": [], "val": []}
+        self._count = {"train": 0, "val": 0}  # of hashes; adding up the lengths each time is slow
         self._local = threading.local()
 
     def sample(self, tokens: np.ndarray) -> np.ndarray:
@@ -58,15 +59,15 @@ class OverlapSample:
     def add(self, split: str, hashes: np.ndarray) -> None:
         if not len(hashes):
             return
-        kept = self._kept[split]
-        kept.append(hashes)
-        while sum(map(len, kept)) > _KEEP:  # keep every second window from now on, everywhere
+        self._kept[split].append(hashes)
+        self._count[split] += len(hashes)
+        while self._count[split] > _KEEP:  # keep every second window from now on, everywhere
             self.bits += 1
             mask = np.uint64((1 << self.bits) - 1)
             for name, parts in self._kept.items():
-                self._kept[name] = [h[h & mask == 0] for h in parts]
-            kept = self._kept[split]
-            kept[:] = [np.concatenate(kept)]
+                joined = np.concatenate([np.empty(0, np.uint64), *parts])
+                self._kept[name] = [joined[joined & mask == 0]]
+                self._count[name] = len(self._kept[name][0])
 
     def share(self) -> float:
         """The share of validation windows that occur in the training text, 0 to 1."""
