@@ -15,7 +15,7 @@ from glassgpt.checkpoint import Checkpoint, load_model
 from glassgpt.config import ModelConfig, Sampling
 from glassgpt.errors import UserError, nearest
 from glassgpt.generate import Piece, complete, stream
-from glassgpt.tokenizer import UNKNOWN, Tokenizer
+from glassgpt.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from glassgpt.model import GPT
@@ -65,7 +65,7 @@ class LoadedModel:
         if not unknown:
             return None
         shown = " ".join(repr(char) for char in unknown[:10])
-        return f"not in the training text, read as {UNKNOWN}: {shown}"
+        return f"not in the training text, read as {self.tokenizer.unknown_token!r}: {shown}"
 
     def generate(
         self, prompt: str | Sequence[int] = "", *, stream: bool = False, **options: Any

@@ -239,6 +239,7 @@ class _Preparation:
         dtype = "<u2" if self.tokenizer.vocab_size <= 1 << 16 else "<u4"
         self.writers = {name: _Writer(self.folder, name, dtype) for name in ("train", "val")}
         self.used = np.zeros(self.tokenizer.vocab_size, dtype=np.int64)
+        self.known = 0  # characters in the text that are the token for unknown ones
         self.overlap = OverlapSample()
         self._encode(self._parts(split))
         for name, content in to_files(self.tokenizer).items():
@@ -373,6 +374,9 @@ class _Preparation:
                 writer.start_document(separator)
             writer.write(tokens)
         self.used += np.bincount(np.concatenate(ids), minlength=len(self.used))
+        unknown = self.tokenizer.unknown_token
+        if unknown is not None and len(unknown) == 1:  # an ordinary character (nanoGPT's models)
+            self.known += sum(part.text.count(unknown) for part in job)
         for split, hashes in samples:
             self.overlap.add(split, hashes)
 
@@ -386,7 +390,8 @@ class _Preparation:
         report.vocab_size = len(self.used)
         report.vocab_used = int(np.count_nonzero(self.used))
         if self.tokenizer.kind == "char":
-            report.unknown_tokens = int(self.used[-1])
+            unknown = self.tokenizer.spec["model"]["vocab"][self.tokenizer.unknown_token]
+            report.unknown_tokens = int(self.used[unknown]) - self.known
         hashes = np.array(self.hashes[1:])  # the first is the empty beginning
         report.duplicates = len(hashes) - len(np.unique(hashes))
         report.overlap = self.overlap.share()

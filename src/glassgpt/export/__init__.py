@@ -1,0 +1,1 @@
+"""Our models written as files of other programs, where that takes more than NumPy."""
