@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from glassgpt.checkpoint import load_model
-from glassgpt.config import ModelConfig
+from glassgpt.convert.nanogpt import load_nanogpt
 from glassgpt.data.batches import TokenFiles, load_data
 from glassgpt.model import GPT, load_weights
 
@@ -105,25 +105,9 @@ def timed(command: list[str], cwd: Path | None = None) -> float:
 
 
 def from_nanogpt(path: Path) -> GPT:
-    """Its checkpoint in our model: the same architecture under other names."""
-    saved = torch.load(path, weights_only=True, map_location="cpu")
-    size = saved["model_args"]
-    config = ModelConfig.from_shape(
-        "gpt2", vocab_size=size["vocab_size"], context_length=size["block_size"], bias=False,
-        n_layer=size["n_layer"], n_head=size["n_head"], n_embd=size["n_embd"], activation="gelu",
-    )  # fmt: skip
-    names = {"transformer.wte": "token_embedding", "transformer.wpe": "position_embedding",
-             "transformer.h.": "blocks.", "ln_1": "attn_norm", "ln_2": "mlp_norm",
-             "attn.c_attn": "attn.qkv", "attn.c_proj": "attn.out", "mlp.c_fc": "mlp.up",
-             "mlp.c_proj": "mlp.down", "transformer.ln_f": "final_norm"}  # fmt: skip
-    weights = {}
-    for name, tensor in saved["model"].items():
-        for theirs, ours in names.items():
-            name = name.replace(theirs, ours)
-        weights[name] = tensor.numpy()
-    weights.pop("lm_head.weight")  # tied
+    config, weights, _, _ = load_nanogpt(path)
     model = GPT(config).eval()
-    load_weights(model, weights)
+    load_weights(model, dict(weights))
     return model
 
 

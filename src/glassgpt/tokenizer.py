@@ -39,6 +39,8 @@ class Tokenizer(Protocol):
     def vocab_size(self) -> int: ...
     @property
     def end_of_text(self) -> int | None: ...  # id of the document separator, where there is one
+    @property
+    def unknown_token(self) -> str | None: ...  # what characters without an id are read as
     def encode(self, text: str, *, special: bool = False) -> list[int]: ...
     def encode_array(self, text: str) -> np.ndarray: ...  # (n,) uint32; releases the GIL
     def decode(self, tokens: Iterable[int]) -> str: ...
@@ -60,6 +62,10 @@ class _Spec:
     def vocab_size(self) -> int:
         return len(self._bytes_of)
 
+    @property
+    def unknown_token(self) -> str | None:
+        return self.spec["model"].get("unk_token")
+
     def token_bytes(self, token: int) -> bytes:
         return self._bytes_of[token]
 
@@ -71,7 +77,8 @@ class _Spec:
 class CharTokenizer(_Spec):
     """One id per character of the training text, in sorted order; the last id is `<unk>`.
 
-    As tokenizer.json: a WordLevel model over single characters.
+    As tokenizer.json: a WordLevel model over single characters. One that comes from elsewhere
+    may have another order, and read unknown characters as a known one, such as a space.
     """
 
     kind = "char"
@@ -79,8 +86,13 @@ class CharTokenizer(_Spec):
 
     @classmethod
     def from_characters(cls, characters: Iterable[str]) -> CharTokenizer:
-        vocab = {char: i for i, char in enumerate(sorted(set(characters)))}
-        model = {"type": "WordLevel", "vocab": {**vocab, UNKNOWN: len(vocab)}, "unk_token": UNKNOWN}
+        return cls.from_tokens([*sorted(set(characters)), UNKNOWN], UNKNOWN)
+
+    @classmethod
+    def from_tokens(cls, tokens: Sequence[str], unknown: str) -> CharTokenizer:
+        """Ids are places in `tokens`; `unknown` is the one that all other characters become."""
+        vocab = {token: i for i, token in enumerate(tokens)}
+        model = {"type": "WordLevel", "vocab": vocab, "unk_token": unknown}
         split = {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated",
                  "invert": False}  # fmt: skip
         return cls(_tokenizer_json(model, split, {"type": "Fuse"}))
@@ -94,7 +106,7 @@ class CharTokenizer(_Spec):
     def _table(self) -> np.ndarray:
         """Code point -> id; 4.4 MB, so that encoding is one NumPy look-up."""
         vocab = self.spec["model"]["vocab"]
-        table = np.full(0x110000, vocab[UNKNOWN], dtype=np.uint32)
+        table = np.full(0x110000, vocab[self.unknown_token], dtype=np.uint32)
         for char, i in vocab.items():
             if len(char) == 1:
                 table[ord(char)] = i
@@ -102,9 +114,10 @@ class CharTokenizer(_Spec):
 
     def check(self) -> None:
         """Raises `UserError` for a vocabulary that can't be one."""
-        vocab = self.spec["model"]["vocab"]
-        if sorted(vocab.values()) != list(range(len(vocab))) or UNKNOWN not in vocab:
-            raise UserError(f"tokenizer.json is damaged: its ids are not 0, 1, 2, ... {UNKNOWN}")
+        vocab, unknown = self.spec["model"]["vocab"], self.unknown_token
+        if sorted(vocab.values()) != list(range(len(vocab))) or unknown not in vocab:
+            raise UserError(f"tokenizer.json is damaged: its ids are not 0, 1, 2, ... or without "
+                            f"that of its unk_token {unknown!r}")  # fmt: skip
 
     def encode_array(self, text: str) -> np.ndarray:
         points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")

@@ -251,6 +251,17 @@ def test_nanogpt_characters(tmp_path: Path) -> None:
     assert data.tokenizer.decode(data.train.read(0, len(data.train))) == TEXT[:800]
     assert data.tokenizer.decode(data.val.read(0, len(data.val))) == TEXT[800:]
     assert data.tokenizer.encode("The dog") == [sorted(set(TEXT)).index(c) for c in "The dog"]
+    # No token but theirs, so that a model has nanoGPT's size; what it has never seen is a space.
+    assert data.tokenizer.vocab_size == len(set(TEXT))
+    assert data.tokenizer.encode("é") == data.tokenizer.encode(" ")
+
+
+def test_nanogpt_characters_keep_their_order(tmp_path: Path) -> None:
+    meta = {"vocab_size": 3, "itos": {0: "b", 1: "c", 2: "a"}}
+    ids = np.array([2, 0, 1] * 5, dtype=np.uint16)
+    tokenizer = load_data(nanogpt_folder(tmp_path, meta, ids, ids)).tokenizer
+    assert tokenizer.decode([2, 0, 1]) == "abc"
+    assert tokenizer.encode("cab?") == [1, 2, 0, 0]
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
@@ -346,13 +357,16 @@ def test_a_pickle_that_names_code_is_refused(tmp_path: Path, payload: type, prot
         b"\x80\x63.",  # a protocol of the future
         pickle.dumps({"vocab_size": 2, "itos": {0: "a"}}),  # an id is missing
         pickle.dumps({"vocab_size": "2", "itos": {0: "a"}}),
-        pickle.dumps({"vocab_size": 2, "itos": {0: "b", 1: "a"}}),  # our order would differ
+        pickle.dumps({"vocab_size": 2, "itos": {0: "\ud800", 1: "a"}}),  # half a character
+        pickle.dumps({"vocab_size": 2**70, "itos": {0: "a"}}),
+        b"\x80\x02})\x85K\x01s.",  # a tuple as key: nested, its hash would never end
+        b"\x80\x02}(]K\x01u.",  # a list as key
         pickle.dumps({"vocab_size": 2, "itos": {0: 7, 1: 8}}),  # no characters
         pickle.dumps({"vocab_size": 2, "itos": {0: "ab", 1: "c"}}),
         pickle.dumps({"vocab_size": 2, "itos": {0: "a", 1: "a"}}),
         pickle.dumps(OrderedDict()),
     ],
-    ids=range(18),
+    ids=range(21),
 )
 def test_damaged_meta_pkl_is_refused(tmp_path: Path, content: bytes) -> None:
     with pytest.raises(UserError, match=r"meta\.pkl"):

@@ -23,7 +23,7 @@ from glassgpt.data.overlap import WINDOW, OverlapSample
 from glassgpt.data.prepare import prepare
 from glassgpt.data.report import describe
 from glassgpt.errors import UserError
-from glassgpt.tokenizer import END_OF_TEXT
+from glassgpt.tokenizer import END_OF_TEXT, CharTokenizer, to_files
 
 STORY = "In the beginning there was a small machine that liked to read.\nIt read all day.\n"
 
@@ -402,3 +402,15 @@ def test_ctrl_c_leaves_nothing(tmp_path):
     assert process.returncode == 130, stderr
     assert b"Traceback" not in stderr
     assert [path.name for path in tmp_path.iterdir()] == ["big.txt"]
+
+
+def test_unknown_characters_that_become_spaces_are_counted(tmp_path):
+    """A model from nanoGPT has no `<unk>`; its tokenizer reads what it never saw as a space."""
+    tokenizer = CharTokenizer.from_tokens(sorted(set(STORY)), " ")
+    for name, content in to_files(tokenizer).items():
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "a.txt").write_text(STORY * 9 + "Größe: 9\n" + STORY)
+    config = DataConfig(tokenizer=str(tmp_path / "tokenizer.json"))
+    report = prepare([str(tmp_path / "a.txt")], tmp_path / "out", config)
+    assert report.unknown_tokens == sum(char not in STORY for char in "Größe: 9\n") == 5
+    assert load_data(tmp_path / "out").tokenizer.spec == tokenizer.spec

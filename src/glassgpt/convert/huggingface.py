@@ -232,14 +232,15 @@ def _config_json(config: ModelConfig, end_of_text: int | None) -> dict[str, Any]
 def _tensor_names(config: ModelConfig) -> Iterator[tuple[str | tuple[str, ...], str, bool]]:
     """(their name or q, k, v names, our name, transposed?) for every tensor of a checkpoint."""
     if config.family == "gpt2":
-        yield from _gpt2_names(config)
+        yield from gpt2_names(config)
     else:
         yield from _llama_names(config)
     if not config.tie_embeddings:
         yield "lm_head.weight", "head.weight", False
 
 
-def _gpt2_names(config: ModelConfig) -> Iterator[tuple[str, str, bool]]:
+def gpt2_names(config: ModelConfig) -> Iterator[tuple[str, str, bool]]:
+    """As above, without the head; the biases are named even where the model has none."""
     yield "transformer.wte.weight", "token_embedding.weight", False
     yield "transformer.wpe.weight", "position_embedding.weight", False
     parts = {"ln_1": "attn_norm", "attn.c_attn": "attn.qkv", "attn.c_proj": "attn.out",

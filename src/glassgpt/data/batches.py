@@ -10,9 +10,7 @@ how much text there is does not matter. NumPy in, NumPy out: torch is not known 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
-import pickle
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +18,9 @@ from typing import Any
 
 import numpy as np
 
+from glassgpt.convert.nanogpt import read_meta
 from glassgpt.errors import UserError, explain_os_errors, first_of
-from glassgpt.tokenizer import CharTokenizer, Tokenizer, fingerprint, load_tokenizer
+from glassgpt.tokenizer import Tokenizer, fingerprint, load_tokenizer
 
 IGNORE = -100  # a target that carries no loss
 
@@ -163,28 +162,10 @@ def _map(path: Path, dtype: str) -> np.ndarray:
 # -- nanoGPT's folders ---------------------------------------------------------------------------
 
 
-class _PlainUnpickler(pickle.Unpickler):
-    """Dictionaries, strings and numbers only: a pickle that names any code is refused."""
-
-    def find_class(self, module_name: str, global_name: str) -> Any:
-        raise UserError(f"meta.pkl wants to run {module_name}.{global_name}; refused")
-
-
 def _load_nanogpt(path: Path) -> Dataset:
     train, val = (TokenFiles([path / f"{name}.bin"], "<u2") for name in ("train", "val"))
     if (path / "meta.pkl").exists():
-        try:
-            meta = _PlainUnpickler(io.BytesIO((path / "meta.pkl").read_bytes())).load()
-            characters = [meta["itos"][i] for i in range(meta["vocab_size"])]
-            if any(len(char.encode("utf-32-le", "surrogatepass")) != 4 for char in characters):
-                raise TypeError("its itos are not single characters")
-        except UserError:
-            raise
-        except Exception as error:  # a damaged pickle fails in a dozen ways
-            raise UserError(f"{path / 'meta.pkl'} is no nanoGPT meta.pkl: {error!r}") from error
-        if characters != sorted(set(characters)):
-            raise UserError(f"{path / 'meta.pkl'}: its characters are not in sorted order")
-        tokenizer: Tokenizer = CharTokenizer.from_characters(characters)
+        tokenizer: Tokenizer = read_meta(path / "meta.pkl")
     else:  # nanoGPT's own rule: no meta.pkl means GPT-2's BPE
         from glassgpt.data.vocabulary import build_tokenizer
 

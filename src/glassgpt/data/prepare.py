@@ -176,6 +176,7 @@ class _Preparation:
             for name, limit in self._limits().items()
         }
         self.used = np.zeros(self.tokenizer.vocab_size, dtype=np.int64)
+        self.known = 0  # characters in the text that are the token for unknown ones
         self.overlap = OverlapSample()
         self._encode(self._parts(split))
         for name, content in to_files(self.tokenizer).items():
@@ -294,7 +295,7 @@ class _Preparation:
 
     def _write(self, job: list[_Part], ids: list[np.ndarray], samples: list[np.ndarray]) -> None:
         """In order: what there is room for is written, and that alone is counted."""
-        kept = []
+        kept, unknown = [], self.tokenizer.unknown_token
         for part, tokens, sample in zip(job, ids, samples, strict=True):
             writer = self.writers[part.split]
             if not part.text:
@@ -315,6 +316,8 @@ class _Preparation:
             self.hashes[-1] = seen
             self.overlap.add(part.split, sample)
             kept.append(taken)
+            if unknown is not None and len(unknown) == 1:  # an ordinary character (nanoGPT's)
+                self.known += part.text[: len(taken)].count(unknown)
         if kept:
             self.used += np.bincount(np.concatenate(kept), minlength=len(self.used))
 
@@ -338,7 +341,8 @@ class _Preparation:
         report.vocab_size = len(self.used)
         report.vocab_used = int(np.count_nonzero(self.used))
         if self.tokenizer.kind == "char":
-            report.unknown_tokens = int(self.used[-1])
+            unknown = self.tokenizer.spec["model"]["vocab"][self.tokenizer.unknown_token]
+            report.unknown_tokens = int(self.used[unknown]) - self.known
         report.duplicates = report.documents - len(np.unique(self.hashes))
         report.overlap = self.overlap.share()
 

@@ -1,1 +1,1 @@
-"""A model as one file for people without this package: `onnx.py`, `numpy.py`."""
+"""A model as files for other programs."""
