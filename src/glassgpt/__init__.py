@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 
 
 def load(path: str | Path, *, device: str = "auto") -> LoadedModel:
-    """A trained model from its run directory. See `glassgpt.api.LoadedModel`."""
+    """A model from its run directory, or a published one by name; see `glassgpt.api.LoadedModel`.
+
+    Also "gpt2", "OWNER/MODEL" on the hub, "openai:124M", and nanoGPT's ckpt.pt.
+    """
     from glassgpt.api import LoadedModel
 
     return LoadedModel.from_folder(path, device)

@@ -13,10 +13,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from glassgpt.checkpoint import Checkpoint, load_model
+from glassgpt.checkpoint import Checkpoint
 from glassgpt.config import ModelConfig, Sampling
 from glassgpt.errors import UserError, nearest
 from glassgpt.generate import Piece, complete, stream
+from glassgpt.pretrained import load_pretrained
 from glassgpt.tokenizer import Tokenizer, unknown_note
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ class LoadedModel:
 
     @classmethod
     def from_folder(cls, path: str | Path, device: str = "auto") -> LoadedModel:
-        return cls(load_model(path), device)
+        return cls(load_pretrained(path), device)
 
     @cached_property
     def model(self) -> GPT:

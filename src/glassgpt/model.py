@@ -12,8 +12,8 @@ The residual stream x is (B, T, C) from the embedding to the head; every block a
 from __future__ import annotations
 
 import math
+from collections import ChainMap
 from collections.abc import Mapping
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -271,18 +271,13 @@ class GPT(nn.Module):
         """
         return self.head(self.hidden(tokens, cache)[:, positions])
 
-    @torch.no_grad()
-    def crop_context(self, context_length: int) -> None:
-        """Shorten the context in place, keeping the first positions (GPT-2's 1024 to 256, say)."""
-        assert 1 <= context_length <= self.config.context_length
-        self.config = replace(self.config, context_length=context_length)
-        for block in self.blocks:
-            block.attn.config = self.config  # type: ignore[union-attr]
-        if self.position_embedding is not None:
-            table = self.position_embedding.weight[:context_length].clone()
-            self.position_embedding = nn.Embedding.from_pretrained(table, freeze=False)
-        else:
-            self.cos, self.sin = self.cos[:context_length], self.sin[:context_length]
+
+def crop_positions(weights: Mapping[str, np.ndarray], config: ModelConfig):
+    """The same weights for a shorter context: of learned positions only the first are left."""
+    name = "position_embedding.weight"
+    if name not in weights:
+        return weights
+    return ChainMap({name: weights[name][: config.context_length]}, weights)  # type: ignore
 
 
 @torch.no_grad()

@@ -155,17 +155,17 @@ def silu(x: np.ndarray) -> np.ndarray:  # any shape; the tanh form can't overflo
     return x * (0.5 * (1 + np.tanh(0.5 * x)))
 
 
-def rotate(x: np.ndarray, places: np.ndarray, theta: float):  # [H, T, D], [T] -> [H, T, D]
+def rotate(x: np.ndarray, angles: np.ndarray):  # [H, T, D], [T, D/2] -> [H, T, D]
     D = x.shape[-1]
-    angles = np.outer(places, theta ** (-np.arange(0, D, 2) / D))  # [T, D/2]
     cos, sin = np.cos(angles).astype(x.dtype), np.sin(angles).astype(x.dtype)
     a, b = x[..., : D // 2], x[..., D // 2 :]
     return np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
 
 def modern(tokens, w: Weights, config, cache: Cache, positions=slice(None)):  # [T] -> [T, V]
-    H, K, eps, theta = config.n_head, config.n_kv_head, config.norm_eps, config.rope_theta
+    H, K, eps = config.n_head, config.n_kv_head, config.norm_eps
     places = np.arange(cache.length, cache.length + len(tokens))
+    angles = np.outer(places, config.rope_frequencies)  # [T, D/2]
     x = w["token_embedding.weight"][tokens]  # [T, C]
     for i in range(config.n_layer):
         b = f"blocks.{i}"
@@ -174,7 +174,7 @@ def modern(tokens, w: Weights, config, cache: Cache, positions=slice(None)):  # 
         if config.qk_norm:
             q = rms_norm(q, w[f"{b}.attn.q_norm.weight"], eps)
             k = rms_norm(k, w[f"{b}.attn.k_norm.weight"], eps)
-        q, k = rotate(q, places, theta), rotate(k, places, theta)
+        q, k = rotate(q, angles), rotate(k, angles)
         k, v = cache.extend(i, k, v)  # [K, S, D] each
         k, v = np.repeat(k, H // K, axis=0), np.repeat(v, H // K, axis=0)  # [H, S, D] each
         x = x + linear(merge_heads(attention(q, k, v)), w, f"{b}.attn.out")
@@ -197,11 +197,11 @@ def main(prompt: str, *, n_tokens: int = 40, model: str = "gpt2", cache: bool = 
         model: What `glassgpt sample` takes: a run directory, say.
         cache: Keep keys and values, instead of reading everything again for every token.
     """
-    from glassgpt.checkpoint import load_model
+    from glassgpt.pretrained import load_pretrained
 
-    checkpoint = load_model(model)
+    checkpoint = load_pretrained(model)
     weights = {name: np.asarray(w, dtype=np.float32) for name, w in checkpoint.weights.items()}
-    ids = checkpoint.tokenizer.encode(prompt)
+    ids = checkpoint.tokenizer.encode(prompt, special=True)
     new = generate(ids, weights, checkpoint.config, n_tokens, use_cache=cache)
     print(prompt + checkpoint.tokenizer.decode(new))
 

@@ -37,6 +37,9 @@ class Lazy(Mapping[str, np.ndarray]):
     def __getitem__(self, name: str) -> np.ndarray:
         return self._makers[name]()
 
+    def __contains__(self, name: object) -> bool:  # Mapping's own would make the array
+        return name in self._makers
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._makers)
 
@@ -94,6 +97,9 @@ class SafeTensors(Mapping[str, np.ndarray]):
         if self._places[name][1] == "BF16":
             return widen_bfloat16(raw)
         return raw.astype(np.float32) if raw.dtype == np.float16 else raw
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.shapes
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.shapes)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import codecs
 import hashlib
 import json
+import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 from functools import cached_property
@@ -134,24 +135,14 @@ class CharTokenizer(_Spec):
 class BPETokenizer(_Spec):
     """Byte-level byte-pair encoding; with no merges at all it is the byte tokenizer.
 
-    Reads tokenizer.json as GPT-2, Llama 3 and Qwen have it; encodes with tiktoken. tiktoken
-    merges the pair whose *result* has the lowest id, Hugging Face the pair that stands first in
-    the list: the same thing when ids grow along the list, which is checked.
+    Reads tokenizer.json as GPT-2, Llama 3 and Qwen have it; encodes with tiktoken.
     """
 
     def __init__(self, spec: dict[str, Any]) -> None:
         super().__init__(spec)
         self._special = {t["content"]: t["id"] for t in spec.get("added_tokens") or []}
         self._pattern = _bpe_pattern(spec)
-        normalizer = spec.get("normalizer")
-        if normalizer not in (None, {"type": "NFC"}):
-            raise UserError(f"tokenizer.json: normalizer {normalizer.get('type')} is not supported")
-        self._nfc = normalizer is not None
-        vocab = spec["model"]["vocab"]
-        merges = [_pair(merge) for merge in spec["model"]["merges"]]
-        ids = [vocab[first + second] for first, second in merges]
-        if any(a > b for a, b in zip(ids, ids[1:], strict=False)):
-            raise UserError("tokenizer.json: its merges are not in the order of their ids")
+        self._nfc = spec.get("normalizer") is not None  # _tiktoken_can allows no other
 
     def check(self) -> None:
         """Raises `UserError` for a vocabulary that can't be one, before tiktoken panics."""
@@ -160,6 +151,9 @@ class BPETokenizer(_Spec):
             raise UserError("tokenizer.json is damaged: ids below 0, or one for two tokens")
         if not {bytes([b]) for b in range(256)} <= set(self._bytes_of):
             raise UserError("tokenizer.json is damaged: not every byte has an id")
+        for merge in self.spec["model"]["merges"]:
+            if "".join(_pair(merge)) not in self.spec["model"]["vocab"]:
+                raise UserError(f"tokenizer.json is damaged: merge {merge} makes no token")
         self._encoding  # noqa: B018  (the pattern, too, must be one)
 
     @property
@@ -168,7 +162,7 @@ class BPETokenizer(_Spec):
 
     @property
     def end_of_text(self) -> int | None:
-        return self._special.get(END_OF_TEXT)
+        return _end_of_text(self.spec)
 
     @cached_property
     def _bytes_of(self) -> list[bytes]:
@@ -205,13 +199,15 @@ class BPETokenizer(_Spec):
             return np.concatenate([self.encode_array(half) for half in halves])
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
-        """`special=True` reads "<|endoftext|>" in the text as the one token, as prompts want."""
+        """`special=True` is for prompts: "<|endoftext|>" in the text is the one token, and models
+        that expect a token before every text (Llama) get it."""
         if not special:
             return self.encode_array(text).tolist()
+        before = _tokens_before(self.spec)
         try:
-            return self._encoding.encode(self._normalize(text), allowed_special="all")
+            return before + self._encoding.encode(self._normalize(text), allowed_special="all")
         except ValueError:  # as above
-            return self.encode_array(text).tolist()
+            return before + self.encode_array(text).tolist()
 
     def _normalize(self, text: str) -> str:
         text = unicodedata.normalize("NFC", text) if self._nfc else text
@@ -220,6 +216,80 @@ class BPETokenizer(_Spec):
 
     def unknown(self, text: str) -> list[str]:
         return []  # any text is bytes
+
+
+class LibraryTokenizer(_Spec):
+    """Any other BPE: SentencePiece's (Llama 2, TinyLlama), digits apart (SmolLM2), and so on.
+
+    Encoded by Hugging Face's own library: right by definition, and ten times slower.
+    """
+
+    kind = "bpe"
+
+    def __init__(self, spec: dict[str, Any]) -> None:
+        super().__init__(spec)
+        from tokenizers import Tokenizer as Library
+
+        try:
+            self._text, self._prompt = (Library.from_str(json.dumps(spec)) for _ in range(2))
+        except Exception as error:  # the library raises nothing more special
+            raise UserError(f"tokenizer.json is damaged: {error}") from error
+        self._text.encode_special_tokens = True  # in ordinary text they are text
+
+    @property
+    def end_of_text(self) -> int | None:
+        return _end_of_text(self.spec)
+
+    @cached_property
+    def _bytes_of(self) -> list[bytes]:
+        alphabet = {char: byte for byte, char in enumerate(byte_alphabet())}
+        special = {token["content"] for token in self.spec.get("added_tokens") or []}
+        by_bytes = "ByteLevel" in json.dumps(self.spec.get("decoder"))
+
+        def content(token: str) -> bytes:
+            if token in special:
+                return token.encode()
+            if by_bytes:
+                return bytes(alphabet[char] for char in token)
+            if re.fullmatch("<0x[0-9A-F]{2}>", token):  # a byte that no token has
+                return bytes([int(token[3:5], 16)])
+            return token.replace("\u2581", " ").encode()
+
+        vocab = {i: token for token, i in self._text.get_vocab().items()}
+        return [content(vocab[i]) if i in vocab else b"" for i in range(max(vocab) + 1)]
+
+    def encode_array(self, text: str) -> np.ndarray:
+        return np.array(self._text.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
+
+    def encode(self, text: str, *, special: bool = False) -> list[int]:
+        return self._prompt.encode(text).ids if special else self.encode_array(text).tolist()
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        return self._text.decode([int(token) for token in tokens], skip_special_tokens=False)
+
+    def unknown(self, text: str) -> list[str]:
+        return []
+
+
+_ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>")  # of GPT-2 and Qwen, Llama 3, Llama 2
+
+
+def _end_of_text(spec: dict) -> int | None:
+    """The id of the token between documents, by the names that it goes by."""
+    special = {token["content"]: token["id"] for token in spec.get("added_tokens") or []}
+    return next((special[name] for name in _ENDS if name in special), None)
+
+
+def _tokens_before(spec: dict) -> list[int]:
+    """The ids that the tokenizer puts before every text."""
+    processor = spec.get("post_processor") or {}
+    before = []
+    for step in processor.get("processors", [processor]):
+        for item in step.get("single", []) if step.get("type") == "TemplateProcessing" else []:
+            if "SpecialToken" not in item:
+                break
+            before += step["special_tokens"][item["SpecialToken"]["id"]]["ids"]
+    return before
 
 
 # -- building specs ------------------------------------------------------------------------------
@@ -322,6 +392,8 @@ def from_spec(spec: dict[str, Any]) -> Tokenizer:
             tokenizer.check()
             return tokenizer
         if kind == "BPE":
+            if not _tiktoken_can(spec):
+                return LibraryTokenizer(spec)
             bpe = BPETokenizer(spec)
             bpe.check()
             return bpe
@@ -332,9 +404,25 @@ def from_spec(spec: dict[str, Any]) -> Tokenizer:
     raise UserError(f"tokenizer.json: a {kind} tokenizer can't be read; BPE and char can")
 
 
+def _tiktoken_can(spec: dict) -> bool:
+    """Byte-level, cut by a pattern alone, and merges in the order of their ids: tiktoken merges
+    the pair whose *result* has the lowest id, Hugging Face the pair that stands first."""
+    steps = spec.get("pre_tokenizer") or {}
+    for step in steps.get("pretokenizers", [steps]):
+        if step.get("type") not in ("ByteLevel", "Split") or step.get("add_prefix_space"):
+            return False
+    vocab = spec["model"]["vocab"]
+    ids = [vocab["".join(_pair(merge))] for merge in spec["model"]["merges"]]
+    return spec.get("normalizer") in (None, {"type": "NFC"}) and ids == sorted(ids)
+
+
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """From a tokenizer.json, or a folder that holds one."""
+    """From a tokenizer.json, or a folder that holds one (or GPT-2's vocab.json and merges.txt)."""
     path = Path(path)
+    older = path / "vocab.json", path / "merges.txt"
+    if not (path / "tokenizer.json").exists() and all(file.exists() for file in older):
+        with explain_os_errors(f"read the tokenizer {path}"):
+            return gpt2_tokenizer(*(file.read_bytes() for file in older))
     path = path / "tokenizer.json" if path.is_dir() else path
     with explain_os_errors(f"read the tokenizer {path}"):
         raw = path.read_bytes()
@@ -354,7 +442,8 @@ def to_files(tokenizer: Tokenizer, context_length: int | None = None) -> dict[st
     if context_length is not None:
         config["model_max_length"] = context_length
     if tokenizer.end_of_text is not None:
-        config |= {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT}
+        end = tokenizer.token_bytes(tokenizer.end_of_text).decode()
+        config |= {"bos_token": end, "eos_token": end}
     return {
         "tokenizer.json": json.dumps(tokenizer.spec, ensure_ascii=False, indent=1).encode("utf-8"),
         "tokenizer_config.json": (json.dumps(config, indent=2) + "\n").encode("utf-8"),
@@ -363,9 +452,9 @@ def to_files(tokenizer: Tokenizer, context_length: int | None = None) -> dict[st
 
 def unknown_note(tokenizer: Tokenizer, text: str) -> str | None:
     """What to tell people about characters the model has never seen; None without any."""
-    unknown = tokenizer.unknown(text)
+    unknown, read_as = tokenizer.unknown(text), tokenizer.unknown_token
     shown = " ".join(repr(char) for char in unknown[:10])
-    return f"not in the training text, read as {UNKNOWN}: {shown}" if unknown else None
+    return f"not in the training text, read as {read_as!r}: {shown}" if unknown else None
 
 
 def fingerprint(tokenizer: Tokenizer) -> str:

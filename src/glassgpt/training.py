@@ -7,6 +7,7 @@ over to the loop in trainer.py.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import re
@@ -21,12 +22,21 @@ from filelock import FileLock
 
 from glassgpt import checkpoint as ckpt
 from glassgpt import runtime
-from glassgpt.config import DataConfig, ModelConfig, names_of, resolve_options, split_options
+from glassgpt.config import (
+    DataConfig,
+    ModelConfig,
+    TrainConfig,
+    names_of,
+    resolve_options,
+    split_options,
+)
 from glassgpt.data import sources
 from glassgpt.data.batches import Dataset, is_prepared, load_data
 from glassgpt.data.download import cache_dir
 from glassgpt.data.prepare import data_key, prepare
 from glassgpt.errors import UserError, explain_os_errors
+from glassgpt.model import crop_positions, load_weights
+from glassgpt.pretrained import load_pretrained, tokenizer_file
 from glassgpt.runlog import ByteProgress, Progress, program
 from glassgpt.system import exclusive
 from glassgpt.trainer import Trainer, TrainResult
@@ -44,6 +54,7 @@ def train(
     preset: str | None = None,
     config: str | Path | None = None,
     resume: str | Path | None = None,
+    init_from: str | Path | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
     **options: Any,
@@ -51,12 +62,18 @@ def train(
     """Train a GPT on `data` (a prepared folder, text files, folders, corpora).
 
     Takes every option of `glassgpt train` by its field name. `resume` continues a run directory
-    from its newest checkpoint. Raises `UserError` for anything the caller can put right.
+    from its newest checkpoint; `init_from` begins with the weights and the tokenizer of a model
+    (anything that `glassgpt.load` takes). Raises `UserError` for anything the caller can put right.
     """
     progress = progress or Progress()
     given = resolve_options(options, preset=preset, config=config)
     asked = set(resolve_options(options, config=config))  # a preset asks for nothing by name
-    saved = None
+    saved = base = None
+    if init_from is not None:
+        if resume is not None:
+            raise UserError("a run that is resumed goes on from its own weights; leave out --from")
+        base = load_pretrained(init_from, progress)
+        given = _options_for(base, given, asked, os.fspath(init_from))
     if resume is not None:
         saved = ckpt.load_training(resume)
         _check_resumable(given, resume, overwrite)
@@ -79,7 +96,10 @@ def train(
                 raise
             raise UserError(f"{error}; if the text has moved: {program()} train NEW-PATH --resume "
                             f"{shlex.quote(str(resume))}") from error  # fmt: skip
-        if saved is not None:
+        if base is not None:
+            given["data"] = tuple(named)
+            model_config = _adopt(dataset, base, model_options, str(init_from))
+        elif saved is not None:
             model_config = saved[0].config
             if saved[2]["data_fingerprint"] != dataset.fingerprint:
                 raise UserError(f"{named[0]} has changed since {resume} was started; "
@@ -97,6 +117,8 @@ def train(
                 held.enter_context(_own(run, overwrite, resuming=saved is not None))
             run = machine.share(run)
             trainer = Trainer(run, model_config, train_config, dataset, machine, progress, given)
+            if base is not None:
+                load_weights(trainer.model, crop_positions(base.weights, model_config))
             if saved is not None:
                 trainer.restore(*saved)
             result = trainer.fit()
@@ -114,6 +136,36 @@ def _check_resumable(given: dict[str, Any], run: str | Path, overwrite: bool) ->
     if fixed:
         raise UserError(f"{', '.join(sorted(fixed))} can't change when resuming {run}; "
                         "leave it out, or start a new run")  # fmt: skip
+
+
+def _options_for(
+    base: ckpt.Checkpoint, given: dict[str, Any], asked: set[str], name: str
+) -> dict[str, Any]:
+    """The options of a training that begins with `base`, which decides shape and tokenizer."""
+    own = {"shape", "tokenizer", *names_of(ModelConfig)} - {"context_length", "dropout"}
+    if wrong := sorted(own & asked):
+        raise UserError(f"{', '.join(wrong)} can't be chosen with --from {name}, whose weights "
+                        "decide; leave it out")  # fmt: skip
+    gentle = {"learning_rate": TrainConfig().learning_rate / 10}  # not to forget what it knows
+    kept = {key: value for key, value in given.items() if key not in own}
+    return gentle | kept | {"tokenizer": tokenizer_file(base.tokenizer), "init_from": name}
+
+
+def _adopt(data: Dataset, base: ckpt.Checkpoint, options: dict[str, Any], name: str) -> ModelConfig:
+    """The config of `base` with the context and dropout asked for; `data` take its tokenizer."""
+    theirs, ours = base.tokenizer, data.tokenizer
+    same = theirs.vocab_size == ours.vocab_size and all(
+        theirs.token_bytes(i) == ours.token_bytes(i) for i in range(ours.vocab_size)
+    )
+    if not same:
+        raise UserError(f"{data.path} was prepared with another tokenizer than that of {name}; "
+                        f"prepare it with --tokenizer {tokenizer_file(theirs)}")  # fmt: skip
+    data.tokenizer = theirs
+    limit, wanted = base.config.context_length, options.get("context_length")
+    if wanted is not None and wanted > limit:
+        raise UserError(f"context_length={wanted} is longer than the {limit} positions of {name}")
+    chosen = {key: options[key] for key in ("context_length", "dropout") if key in options}
+    return dataclasses.replace(base.config, **chosen)
 
 
 def _open_data(

@@ -141,6 +141,7 @@ def train(
     ] = None,
     config: str | None = None,
     resume: str | None = None,
+    init_from: Annotated[str | None, Parameter(name="--from")] = None,
     overwrite: bool = False,
     options: Annotated[TrainOptions, Parameter(name="*")] = {},  # noqa: B006
 ) -> None:
@@ -160,6 +161,8 @@ def train(
 
     glassgpt train --resume runs/book
 
+    glassgpt train book.txt --from gpt2 --context-length 256 --max-steps 200
+
     torchrun --nproc-per-node 8 -m glassgpt train data/owt --preset gpt2-124m
 
     Parameters
@@ -170,6 +173,9 @@ def train(
         TOML file with options.
     resume:
         Run directory to continue; its options hold unless given anew.
+    init_from:
+        Begin with the weights and tokenizer of this model: a run directory, gpt2, OWNER/MODEL on
+        the hub, openai:124M, nanoGPT's ckpt.pt. The learning rate is then a tenth of the usual.
     overwrite:
         Replace the run directory if it exists.
     """
@@ -179,8 +185,8 @@ def train(
     main_process = int(os.environ.get("RANK", 0)) == 0
     terminal = Terminal() if main_process else Progress()
     try:
-        result = run(data, preset=preset, config=config, resume=resume, overwrite=overwrite,
-                     progress=terminal, **options)  # fmt: skip
+        result = run(data, preset=preset, config=config, resume=resume, init_from=init_from,
+                     overwrite=overwrite, progress=terminal, **options)  # fmt: skip
     finally:
         terminal.close()
     _exit_status(result)
@@ -204,8 +210,9 @@ def sample(
 ) -> None:
     """Let a trained model continue a prompt; prints the prompt and what follows.
 
-    RUN is a run directory, or any folder with a GPT-2, Llama or Qwen3 checkpoint. The text
-    appears as it is drawn. How it ended (length, stop, end_of_text) goes to stderr.
+    RUN is a run directory, any folder with a GPT-2, Llama or Qwen3 checkpoint, a published model
+    (gpt2, OWNER/MODEL, openai:124M), or nanoGPT's ckpt.pt. The text appears as it is drawn. How
+    it ended (length, stop, end_of_text) goes to stderr.
 
     Examples:
 
@@ -218,7 +225,7 @@ def sample(
     Parameters
     ----------
     run:
-        Run directory.
+        Run directory, or the name of a model.
     prompt:
         Text to continue; @FILE reads a file, - standard input.
     completion_only:

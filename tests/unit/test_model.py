@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -16,6 +17,7 @@ from glassgpt.model import (
     CausalSelfAttention,
     attention,
     attention_by_hand,
+    crop_positions,
     load_weights,
     rotary_angles,
     rotate,
@@ -192,18 +194,26 @@ def test_positions_select(config: ModelConfig) -> None:
 
 @every_config
 @torch.inference_mode()
-def test_crop_context_keeps_the_first_positions(config: ModelConfig) -> None:
-    model, tokens = tiny_model(config), random_tokens(config, B=2, T=6)
-    before = model(tokens)
-    model.crop_context(6)
-    assert torch.equal(model(tokens), before)
-    assert model.config.context_length == 6
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    assert shapes == model.config.weight_shapes
-    assert all(len(table) == 6 for table in model.buffers())  # the rotary ones
-    assert all(p.requires_grad for p in model.parameters())
+def test_a_shorter_context_keeps_the_first_positions(config: ModelConfig) -> None:
+    whole, tokens = tiny_model(config), random_tokens(config, B=2, T=6)
+    shorter = dataclasses.replace(config, context_length=6)
+    model = GPT(shorter).eval()
+    load_weights(model, crop_positions(weights_of(whole), shorter))
+    assert torch.equal(model(tokens), whole(tokens))
     with pytest.raises(AssertionError):
         model(random_tokens(config, B=2, T=7))
+
+
+@every_config
+@torch.inference_mode()
+def test_from_weights_is_the_model(config: ModelConfig) -> None:
+    source, tokens = tiny_model(config), random_tokens(config, B=2, T=9)
+    copy = GPT.from_weights(config, weights_of(source))
+    assert torch.equal(copy(tokens), source(tokens))
+    assert not copy.training
+    assert all(p.requires_grad and p.device.type == "cpu" for p in copy.parameters())
+    assert (copy.head.weight is copy.token_embedding.weight) == config.tie_embeddings
+    assert copy.state_dict().keys() == source.state_dict().keys()
 
 
 @torch.inference_mode()

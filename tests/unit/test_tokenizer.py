@@ -375,16 +375,8 @@ def damaged(spec: dict[str, Any], change: str) -> Any:
             model["merges"][3] = ["a", "b", "c"]
         case "merge of strangers":
             model["merges"][3] = ["\u9999", "a"]
-        case "merges out of order":
-            model["merges"][:2] = model["merges"][1::-1]
         case "no merges":
             del model["merges"]
-        case "not byte-level":
-            spec["pre_tokenizer"] = {"type": "Whitespace"}
-        case "prefix space":
-            spec["pre_tokenizer"]["add_prefix_space"] = True
-        case "other normalizer":
-            spec["normalizer"] = {"type": "Lowercase"}
         case "bad pattern":
             pattern = {"type": "Split", "behavior": "Isolated", "pattern": {"Regex": "(("}}
             steps = [pattern, {"type": "ByteLevel", "add_prefix_space": False}]
@@ -401,8 +393,7 @@ def damaged(spec: dict[str, Any], change: str) -> Any:
 COMMON = ["a list", "nothing", "no model", "model is a list", "another kind", "no vocabulary",
           "vocabulary is a list", "ids are text", "an id is text", "an id is negative",
           "an id is missing", "an id twice"]  # fmt: skip
-BPE_ONLY = ["merge of three", "merge of strangers", "merges out of order", "no merges",
-            "not byte-level", "prefix space", "other normalizer", "bad pattern",
+BPE_ONLY = ["merge of three", "merge of strangers", "no merges", "bad pattern",
             "added token without id", "a stranger in the vocabulary"]  # fmt: skip
 
 

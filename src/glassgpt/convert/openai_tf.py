@@ -10,8 +10,8 @@ fetch them; how a tensor lies in them stands in tensor_bundle.py.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import numpy as np
 from glassgpt.config import ModelConfig
 from glassgpt.convert.tensor_bundle import TensorBundle
 from glassgpt.errors import UserError, explain_os_errors, nearest
+from glassgpt.tensors import Lazy
 from glassgpt.tokenizer import Tokenizer, gpt2_tokenizer
 
 MODELS = ("124M", "355M", "774M", "1558M")
@@ -104,30 +105,14 @@ def from_openai(
                 f"{where}: {theirs} has shape {found}, hparams.json asks for {expected}; "
                 "they do not belong together, fetch them again"
             )
-    return config, _Weights(tensors, names)
+    return config, Lazy({ours: partial(_read, tensors, theirs) for ours, theirs in names.items()})
 
 
-@dataclass(frozen=True, eq=False)
-class _Weights(Mapping[str, np.ndarray]):
-    """Our name -> float32 array in our orientation, read from `tensors` at each access."""
-
-    tensors: Mapping[str, np.ndarray]
-    names: dict[str, str]  # ours -> theirs
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        theirs = self.names[name]
-        tensor = np.asarray(self.tensors[theirs], np.float32)
-        # Linear layers are convolutions of width 1 here, (1, in, out); torch's are (out, in).
-        return tensor[0].T if is_convolution(theirs) else tensor
-
-    def __contains__(self, name: object) -> bool:  # without reading the tensor
-        return name in self.names
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
-
-    def __len__(self) -> int:
-        return len(self.names)
+def _read(tensors: Mapping[str, np.ndarray], theirs: str) -> np.ndarray:
+    """float32 in our orientation: linear layers are convolutions of width 1 here, (1, in, out);
+    torch's are (out, in)."""
+    tensor = np.asarray(tensors[theirs], np.float32)
+    return tensor[0].T if is_convolution(theirs) else tensor
 
 
 _PARTS = {"attn_norm": "ln_1", "attn.qkv": "attn/c_attn", "attn.out": "attn/c_proj",

@@ -10,7 +10,6 @@ Behind a mirror, set GLASSGPT_MIRROR: `https://host/path` is then fetched from
 
 from __future__ import annotations
 
-import hashlib
 import io
 import os
 import re
@@ -23,6 +22,7 @@ from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 from glassgpt.errors import UserError, explain_os_errors
+from glassgpt.system import sha256_of
 
 BLOCK = 1 << 20
 TIMEOUT = 30.0  # seconds without a single byte, after which a server counts as gone
@@ -40,17 +40,11 @@ def cache_dir() -> Path:
     return Path.home() / ".cache" / "glassgpt"
 
 
-def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file in hexadecimal."""
-    with open(path, "rb", buffering=0) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def download(
     url: str,
     target: Path,
     *,
-    sha256: str,
+    sha256: str | None,
     size: int | None = None,
     progress: Callable[[int, int | None], None] | None = None,
     timeout: float = TIMEOUT,
@@ -58,10 +52,10 @@ def download(
     """Fetch `url` to `target`, unless it is there already, and return `target`.
 
     What has arrived waits in `target.partial`, also after Ctrl-C or a full disk, and the next call
-    goes on from there. The file gets its final name only once its SHA-256 is right. Processes that
-    want the same file wait for one another. `progress(done, total)` counts bytes; `total` is None
-    where the server doesn't say. Raises UserError where the file can't be had or isn't the right
-    one.
+    goes on from there. The file gets its final name only once its SHA-256 is right (None: once it
+    is as long as the server says, for files that carry checksums of their own). Processes that want
+    the same file wait for one another. `progress(done, total)` counts bytes; `total` is None where
+    the server doesn't say. Raises UserError where the file can't be had or isn't the right one.
     """
     from filelock import FileLock
 
@@ -94,7 +88,7 @@ class _Download:
         """Bytes that have arrived so far."""
         return self.partial.stat().st_size if self.partial.exists() else 0
 
-    def run(self, sha256: str) -> None:
+    def run(self, sha256: str | None) -> None:
         """Fetch, check, give it its name."""
         try:
             self.complete()
@@ -103,7 +97,7 @@ class _Download:
                 f"cannot fetch {self.url}: {failed}; "
                 f"download it by hand to {self.target}, or use another source"
             ) from failed
-        found = sha256_of(self.partial)
+        found = sha256_of(self.partial) if sha256 else None
         if found != sha256:
             self.partial.unlink()
             raise UserError(

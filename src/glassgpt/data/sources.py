@@ -30,9 +30,10 @@ from glassgpt.data.archives import (
     kind_of,
 )
 from glassgpt.data.corpora import CORPORA, RemoteFile, fetch
-from glassgpt.data.download import RangeFile, sha256_of
+from glassgpt.data.download import RangeFile
 from glassgpt.data.texts import TABLES, Piece, cut_document, decode, split_documents
 from glassgpt.errors import UserError, explain_os_errors, nearest
+from glassgpt.system import sha256_of
 
 _BUFFER = 1 << 17  # bytes read from disk at least
 _REMOTE_BUFFER = 4 << 20  # bytes fetched by a request at least

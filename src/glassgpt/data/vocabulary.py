@@ -28,7 +28,7 @@ from glassgpt.tokenizer import (
 
 _BUILT_IN = ("char", "byte", "gpt2")  # and bpe:N
 _GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
-_GPT2_FILES = {
+GPT2_FILES = {
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
 }
@@ -97,15 +97,15 @@ def _find_gpt2() -> tuple[bytes, bytes]:
         ]
     for folder in folders:
         try:
-            files = {name: (folder / name).read_bytes() for name in _GPT2_FILES}
+            files = {name: (folder / name).read_bytes() for name in GPT2_FILES}
         except OSError:
             continue
-        if all(hashlib.sha256(files[n]).hexdigest() == sha for n, sha in _GPT2_FILES.items()):
+        if all(hashlib.sha256(files[n]).hexdigest() == sha for n, sha in GPT2_FILES.items()):
             return files["encoder.json"], files["vocab.bpe"]
     try:
         paths = [
             download(_GPT2_URL + name, folders[0] / name, sha256=sha, size=None)
-            for name, sha in _GPT2_FILES.items()
+            for name, sha in GPT2_FILES.items()
         ]
     except UserError as error:
         raise UserError(

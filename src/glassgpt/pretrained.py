@@ -1,0 +1,90 @@
+"""A model from wherever it is: a run directory, the hub, OpenAI's release, nanoGPT's checkpoint.
+
+    checkpoint = load_pretrained("gpt2")        # "runs/book", "HuggingFaceTB/SmolLM2-135M",
+                                                # "openai:124M", "nanoGPT/out/ckpt.pt"
+
+What each format looks like inside is the business of `convert/`; this room finds out which it is.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from glassgpt import hub
+from glassgpt.checkpoint import Checkpoint, load_model
+from glassgpt.convert.nanogpt import load_nanogpt
+from glassgpt.convert.openai_tf import files_of, is_openai, load_openai
+from glassgpt.data.download import cache_dir, download
+from glassgpt.data.vocabulary import GPT2_FILES, build_tokenizer
+from glassgpt.errors import UserError
+from glassgpt.runlog import ByteProgress, Progress
+from glassgpt.system import write_file
+from glassgpt.tokenizer import Tokenizer, fingerprint
+
+_OPENAI = "openai:"
+
+
+def load_pretrained(name: str | Path, progress: Progress | None = None) -> Checkpoint:
+    """Config, weights (read when they are asked for) and tokenizer of `name`.
+
+    A folder or file here; openai:124M, :355M, :774M or :1558M; gpt2, distilgpt2 and the like; or
+    OWNER/MODEL on the hub. Raises `UserError` for what is missing, damaged or unsupported.
+    """
+    text = os.fspath(name)
+    if text.startswith(_OPENAI):
+        return _openai(_fetch_openai(text.removeprefix(_OPENAI), progress or Progress()))
+    path = Path(text).expanduser()
+    if not path.exists() and hub.is_hub_name(text):
+        return load_model(hub.fetch(text))
+    if path.is_file() or (path / "ckpt.pt").exists():
+        return _nanogpt(path)
+    if is_openai(path):
+        return _openai(path)
+    if path.is_dir() and not (path / "config.json").exists() and any(path.glob("*.gguf")):
+        _refuse_gguf(path)
+    return load_model(path)
+
+
+def tokenizer_file(tokenizer: Tokenizer) -> str:
+    """Where this tokenizer lies as tokenizer.json, for `prepare`, which takes names and paths."""
+    path = cache_dir() / "tokenizers" / fingerprint(tokenizer) / "tokenizer.json"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_file(path, json.dumps(tokenizer.spec, ensure_ascii=False).encode())
+    return str(path)
+
+
+def _openai(folder: Path) -> Checkpoint:
+    config, weights, tokenizer = load_openai(folder)
+    return Checkpoint(config, weights, tokenizer, {"source": f"OpenAI's release in {folder}"})
+
+
+def _fetch_openai(model: str, progress: Progress) -> Path:
+    """The release folder, downloaded once. Its tensors carry checksums, verified on reading."""
+    folder, tell = cache_dir() / "openai" / model, ByteProgress(progress)
+    try:
+        for file, url in files_of(model).items():
+            download(url, folder / file, sha256=GPT2_FILES.get(file),
+                     progress=lambda done, total, file=file: tell(file, done, total))  # fmt: skip
+    finally:
+        progress.close()
+    return folder
+
+
+def _nanogpt(path: Path) -> Checkpoint:
+    if path.is_file():
+        with open(path, "rb") as file:
+            if file.read(4) == b"GGUF":
+                _refuse_gguf(path)
+        if path.suffix != ".pt":
+            raise UserError(f"{path} is a file; name the run directory that holds a model")
+    config, weights, tokenizer, facts = load_nanogpt(path)
+    tokenizer = tokenizer or build_tokenizer("gpt2", lambda: iter(()))
+    return Checkpoint(config, weights, tokenizer, {"source": f"nanoGPT's {path}", **facts})
+
+
+def _refuse_gguf(path: Path) -> None:
+    raise UserError(f"{path} holds GGUF, which GlassGPT writes but does not read; name the model "
+                    "that it was made from")  # fmt: skip
