@@ -141,7 +141,7 @@ class BPETokenizer(_Spec):
     def __init__(self, spec: dict[str, Any]) -> None:
         super().__init__(spec)
         self._special = {t["content"]: t["id"] for t in spec.get("added_tokens") or []}
-        self._pattern = _bpe_pattern(spec)
+        self._pattern = bpe_pattern(spec)
         self._nfc = spec.get("normalizer") is not None  # _tiktoken_can allows no other
 
     def check(self) -> None:
@@ -367,7 +367,7 @@ def _pair(merge: str | list[str]) -> tuple[str, str]:
     return first, second
 
 
-def _bpe_pattern(spec: dict) -> str:
+def bpe_pattern(spec: dict) -> str:
     """The splitting pattern of a byte-level BPE spec; raises `UserError` for any other kind."""
     steps = spec.get("pre_tokenizer") or {}
     steps = steps.get("pretokenizers", [steps])
