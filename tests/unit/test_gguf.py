@@ -20,9 +20,9 @@ from gguf import GGUFReader
 
 from conftest import tiny_config
 from glassgpt.config import ModelConfig
+from glassgpt.errors import UserError
 from glassgpt.export.compare import largest_difference
 from glassgpt.export.gguf import Kind, read_gguf, write_gguf
-from glassgpt.errors import UserError
 from glassgpt.tokenizer import CharTokenizer, Tokenizer, byte_tokenizer, from_spec, train_bpe
 
 CHARACTERS = CharTokenizer.from_characters("abcdefghijklmnopqrstuvwxyz .,!?\n-:;'")  # 36, <unk>
