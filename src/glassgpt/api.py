@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from glassgpt.checkpoint import Checkpoint
-from glassgpt.config import ModelConfig, Sampling
+from glassgpt.config import DEVICES, ModelConfig, Sampling
 from glassgpt.errors import UserError, nearest
 from glassgpt.generate import Piece, complete, stream
 from glassgpt.pretrained import load_pretrained
@@ -28,6 +28,8 @@ class LoadedModel:
     """Weights, tokenizer and config of a run directory."""
 
     def __init__(self, checkpoint: Checkpoint, device: str = "auto") -> None:
+        if device not in DEVICES:
+            raise UserError(f"device={device!r}: choose from {', '.join(DEVICES)}")
         self.checkpoint, self.device = checkpoint, device
         self.config: ModelConfig = checkpoint.config
         self.tokenizer: Tokenizer = checkpoint.tokenizer

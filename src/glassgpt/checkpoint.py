@@ -185,6 +185,8 @@ def find_training(run: str | Path) -> Path:
     for folder in _training_folders(run):
         if (folder / "state.json").exists():
             return folder
+    if (run / "state.json").exists():
+        raise UserError(f"{run} is the checkpoint of a run; resume the run: {run.parent.parent}")
     raise UserError(f"{run} has no checkpoint to resume from; start again with another --out")
 
 

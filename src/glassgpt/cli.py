@@ -30,6 +30,7 @@ def make_app(arguments: list[str]) -> App:
         version=__version__,
         help="GPTs you can see through: train, sample and understand GPT models on this machine."
         "\n\nStart with `glassgpt demo`: a minute of training on real text, explained.",
+        suppress_keyboard_interrupt=False,  # `main` has a word to say
         help_epilogue="Every verb explains itself, for example: glassgpt train --help",
         # Rendering markdown takes 40 ms more: for the verbs' longer texts only.
         help_format="markdown" if arguments[:1] and arguments[0] in VERBS else "plaintext",
@@ -53,7 +54,8 @@ def main(arguments: list[str] | None = None) -> None:
             app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
     except (UserError, CycloptsError) as error:
         sys.stdout.flush()
-        print(f"glassgpt: {' '.join(str(error).split())}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # once, of the processes of a torchrun
+            print(f"glassgpt: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("\nglassgpt: interrupted; nothing half-done was left behind", file=sys.stderr)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 import os
 import tomllib
 import types
@@ -27,6 +28,7 @@ Norm = Literal["layernorm", "rmsnorm"]
 Position = Literal["learned", "rope"]
 Activation = Literal["relu", "gelu", "gelu_tanh", "swiglu"]
 Family = Literal["gpt2", "llama", "qwen3"]
+DEVICES = ("auto", "cpu", "cuda", "mps")
 _MOST_THREADS = 1024  # torch crashes on numbers that no machine has
 _MOST_SAMPLES = 100_000
 
@@ -356,8 +358,8 @@ class Sampling:
             value = getattr(self, name)
             if value is not None and not 0 < value <= 1:
                 raise UserError(f"{name}={value} must be greater than 0 and at most 1")
-        if self.repetition_penalty is not None and not self.repetition_penalty > 0:
-            raise UserError(f"repetition_penalty={self.repetition_penalty} must be positive")
+        if self.repetition_penalty is not None and not 1e-9 <= self.repetition_penalty <= 1e9:
+            raise UserError(f"repetition_penalty={self.repetition_penalty} must be 1e-9 to 1e9")
         if "" in self.stop:
             raise UserError("a stop string can't be empty")
 
@@ -408,7 +410,7 @@ def resolve_options(
     if preset is not None:
         if preset not in preset_names():
             raise UserError(
-                f"no preset {preset!r}.{nearest(preset, preset_names())} "
+                f"no preset {preset!r}.{nearest(str(preset), preset_names())} "
                 f"The presets are: {', '.join(preset_names())}"
             )
         text = (_PRESETS / f"{preset}.toml").read_text("utf-8")
@@ -469,8 +471,12 @@ def _check_value(name: str, value: Any, hint: Any, where: str = "") -> Any:
         if isinstance(items, (list, tuple)) and all(isinstance(item, str) for item in items):
             return tuple(items)
         raise UserError(f"{name}={value!r}{where} must be text, or a list of texts")
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value) if abs(value) < 1 << 1000 else math.inf
+    if kind in (int, float) and isinstance(value, numbers.Integral) and value is not bool(value):
+        value = int(value)  # NumPy's, too
+        if abs(value) >= 1 << 63:
+            raise UserError(f"{name}{where} is too large")
+    if kind is float and isinstance(value, numbers.Real) and value is not bool(value):
+        value = float(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise UserError(f"{name}={value!r}{where} must be of type {kind.__name__}")
     if kind is float and not math.isfinite(value):

@@ -1,4 +1,4 @@
-"""Figures of runs. `loss_curve(Path("runs/book"), Path("loss.png"), vocab_size=65)`
+"""Figures of runs. `loss_curve(Path("runs/book"), vocab_size=65)`
 
 Reads metrics.jsonl only; knows no model.
 """
@@ -12,9 +12,9 @@ from glassgpt.errors import explain_os_errors
 from glassgpt.runlog import read_metrics
 
 
-def loss_curve(run: Path, target: Path, *, vocab_size: int) -> None:
-    """Training and validation loss of a run against its steps, and a line at ln(vocab_size):
-    the loss of guessing every token with equal chance."""
+def loss_curve(run: Path, *, vocab_size: int) -> None:
+    """loss.png: training and validation loss of a run against its steps, and a line at
+    ln(vocab_size), the loss of guessing every token with equal chance."""
     from matplotlib.figure import Figure  # pyplot would keep figures, and choose a display
 
     rows = read_metrics(run / "metrics.jsonl")
@@ -40,7 +40,8 @@ def loss_curve(run: Path, target: Path, *, vocab_size: int) -> None:
     axes.set_ylabel("loss (nats per token)")
     axes.grid(alpha=0.2)
     axes.legend()
-    temporary = target.with_name(f".partial-{target.name}")
+    target = run / "loss.png"
+    temporary = run / ".partial-loss.png"
     with explain_os_errors(f"write {target}"):
         figure.savefig(temporary, dpi=120)
         temporary.replace(target)

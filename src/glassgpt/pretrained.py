@@ -18,7 +18,7 @@ from glassgpt.convert.nanogpt import load_nanogpt
 from glassgpt.convert.openai_tf import files_of, is_openai, load_openai
 from glassgpt.data.download import cache_dir, download
 from glassgpt.data.vocabulary import GPT2_FILES, build_tokenizer
-from glassgpt.errors import UserError
+from glassgpt.errors import UserError, explain_os_errors
 from glassgpt.runlog import ByteProgress, Progress
 from glassgpt.system import write_file
 from glassgpt.tokenizer import Tokenizer, fingerprint
@@ -26,12 +26,15 @@ from glassgpt.tokenizer import Tokenizer, fingerprint
 _OPENAI = "openai:"
 
 
+@explain_os_errors("go on")
 def load_pretrained(name: str | Path, progress: Progress | None = None) -> Checkpoint:
     """Config, weights (read when they are asked for) and tokenizer of `name`.
 
     A folder or file here; openai:124M, :355M, :774M or :1558M; gpt2, distilgpt2 and the like; or
     OWNER/MODEL on the hub. Raises `UserError` for what is missing, damaged or unsupported.
     """
+    if not isinstance(name, (str, os.PathLike)):
+        raise UserError(f"{name!r} is no name or path of a model")
     text = os.fspath(name)
     if text.startswith(_OPENAI):
         return _openai(_fetch_openai(text.removeprefix(_OPENAI), progress or Progress()))

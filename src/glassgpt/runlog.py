@@ -7,6 +7,7 @@ Terminal output goes through a `Progress`, so that library code never prints.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -142,19 +143,22 @@ def rewind_samples(path: Path, step: int) -> None:
     write_file(path, "".join(f"## step {section}" for section in kept).encode())
 
 
+def require_loggers(**wanted: bool) -> None:
+    """Raises `UserError` for a logger that is wanted and not installed."""
+    for package, yes in wanted.items():
+        if yes and importlib.util.find_spec(package) is None:
+            raise UserError(f"--{package} needs: pip install 'glassgpt[log]'")
+
+
 def _tensorboard(run: Path):
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise UserError("--tensorboard needs: pip install 'glassgpt[log]'") from error
+    from torch.utils.tensorboard import SummaryWriter
+
     return SummaryWriter(str(run / "tensorboard"))
 
 
 def _wandb(run: Path, options: Any):
-    try:
-        import wandb
-    except ImportError as error:
-        raise UserError("--wandb needs: pip install 'glassgpt[log]'") from error
+    import wandb
+
     if "WANDB_API_KEY" not in os.environ:
         os.environ.setdefault("WANDB_MODE", "offline")  # `wandb sync` sends it later
     return wandb.init(project="glassgpt", name=run.name, dir=str(run), config=options)

@@ -10,9 +10,9 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -64,12 +64,20 @@ class Machine:
         dist.all_reduce(tensor)
         return tensor.tolist()
 
-    def share(self, value: T_) -> T_:
-        """The main process's `value`, in all of them."""
+    def on_main(self, work: Callable[[], T_]) -> T_:
+        """What `work` gives in the main process, in all of them; so with its `UserError`, lest the
+        others wait for ever."""
         if self.world == 1:
-            return value
-        box = [value]
+            return work()
+        box: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                box[0] = work()
+            except UserError as error:
+                box[1] = str(error)
         dist.broadcast_object_list(box, device=self.device)
+        if box[1] is not None:
+            raise UserError(box[1])
         return box[0]
 
     def barrier(self) -> None:

@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,9 +45,8 @@ from glassgpt.runlog import Progress, RunLog, format_seconds, program, rewind_sa
 from glassgpt.tokenizer import unknown_note
 from glassgpt.workers import Workers, useful_workers
 
-T_ = TypeVar("T_")
 _EVAL_LOGITS = 1 << 24  # numbers per evaluation batch: large batches are fast, but must fit
-_RESUMED = ("step", "evaluations_without_best", "evaluated_step", "micro_batch_size", "samples")
+_RESUMED = ("step", "evaluations_without_best", "evaluated_step", "fits_in_memory", "samples")
 
 
 @dataclass(frozen=True)
@@ -92,6 +91,7 @@ class Trainer:
         per_rank = max(1, round(config.batch_tokens / self.T / machine.world))
         self.rows_per_rank, self.rows_per_step = per_rank, per_rank * machine.world
         self.micro_batch_size = min(config.micro_batch_size or per_rank, per_rank)
+        self.fits_in_memory: int | None = None  # sequences, once more of them did not
         self.compiled = False
         self.may_compile = config.compile == "on" or (
             config.compile == "auto" and machine.device.type == "cuda"
@@ -115,6 +115,8 @@ class Trainer:
             self.scaler.load_state_dict(state["scaler"])
         for name in _RESUMED:
             setattr(self, name, state[name])
+        if self.options.get("micro_batch_size") == state["options"].get("micro_batch_size"):
+            self.micro_batch_size = min(self.micro_batch_size, self.fits_in_memory or 1 << 62)
         self.seconds = state["seconds"]
         for name in ("first_val_loss", "best_val_loss"):
             setattr(self, name, math.inf if state[name] is None else state[name])
@@ -139,8 +141,7 @@ class Trainer:
                 finished = self._loop()
             except KeyboardInterrupt:  # a second Ctrl-C, or one where nobody listens
                 self.progress.close()
-                self.progress.say(f"stopped at once; go on from the last checkpoint with: "
-                                  f"{self._how_to_resume}")  # fmt: skip
+                self.progress.say(f"stopped at once; go on with: {self._how_to_resume}")
                 raise
         if not finished:
             self.save()
@@ -382,8 +383,7 @@ class Trainer:
         if self.log is not None:
             self.log.close()
             if self.evaluated_step is not None:
-                size = self.model.config.vocab_size
-                loss_curve(self.run, self.run / "loss.png", vocab_size=size)
+                loss_curve(self.run, vocab_size=self.model.config.vocab_size)
         if not finished:
             self.progress.say(f"stopped at step {self.step:,}; go on with: {self._how_to_resume}")
         elif self.step < self.config.max_steps:
@@ -452,7 +452,7 @@ class Trainer:
             self.workers = self._make_workers()
         self.optimizer.zero_grad(set_to_none=True)
 
-    def _shrinking_to_memory(self, work: Callable[[], T_]) -> T_:
+    def _shrinking_to_memory(self, work: Callable[[], Any]) -> Any:
         """Do `work`; when memory runs out, halve the micro-batch and do it again.
 
         The step's batch stays the same: more micro-batches are accumulated.
@@ -472,7 +472,7 @@ class Trainer:
             self.workers.forget_gradients()
             if self.machine.device.type == "cuda":
                 torch.cuda.empty_cache()
-            self.micro_batch_size = (self.micro_batch_size + 1) // 2
+            self.micro_batch_size = self.fits_in_memory = (self.micro_batch_size + 1) // 2
             self.progress.say(f"out of memory: going on with micro_batch_size="
                               f"{self.micro_batch_size}, same tokens per step")  # fmt: skip
 

@@ -37,17 +37,23 @@ from glassgpt.data.prepare import data_key, prepare
 from glassgpt.errors import UserError, explain_os_errors
 from glassgpt.model import crop_positions, load_weights
 from glassgpt.pretrained import load_pretrained, tokenizer_file
-from glassgpt.runlog import ByteProgress, Progress, program
+from glassgpt.runlog import ByteProgress, Progress, program, require_loggers
 from glassgpt.system import exclusive
 from glassgpt.trainer import Trainer, TrainResult
 
 # All that a run directory may hold: --overwrite deletes nothing that somebody else put there.
-_RUN_FILES = re.compile(
+_MODEL_FILES = (
     r"(config|generation_config|tokenizer|tokenizer_config|glassgpt)\.json|model\.safetensors"
-    r"|metrics\.jsonl|samples\.md|loss\.png|checkpoints|tensorboard|wandb|\.lock|\..*partial.*"
 )
+_RUN_FILES = re.compile(
+    rf"\.?({_MODEL_FILES}|metrics\.jsonl|samples\.md)(\.partial)?"
+    r"|(\.partial-)?loss\.png|checkpoints|tensorboard|wandb|\.lock"
+)
+# Those that only we write: a downloaded model has none of them.
+_OWN_FILES = {"glassgpt.json", "metrics.jsonl", "checkpoints"}
 
 
+@explain_os_errors("go on")
 def train(
     data: str | Path | Sequence[str | Path] | None = None,
     *,
@@ -66,73 +72,117 @@ def train(
     (anything that `glassgpt.load` takes). Raises `UserError` for anything the caller can put right.
     """
     progress = progress or Progress()
+    names = _names(data)
     given = resolve_options(options, preset=preset, config=config)
     asked = set(resolve_options(options, config=config))  # a preset asks for nothing by name
-    saved = base = None
-    if init_from is not None:
+    with contextlib.ExitStack() as held:
+        saved = base = None
         if resume is not None:
-            raise UserError("a run that is resumed goes on from its own weights; leave out --from")
-        base = load_pretrained(init_from, progress)
-        given = _options_for(base, given, asked, os.fspath(init_from))
-    if resume is not None:
-        saved = ckpt.load_training(resume)
-        _check_resumable(given, resume, overwrite)
-        given = saved[2]["options"] | given | {"out": str(resume)}
-    names = [data] if isinstance(data, (str, os.PathLike)) else list(data or ())
-    names = [os.fspath(name) for name in names]
-    if saved is not None and not names and is_prepared(saved[2]["data_path"]):
-        names = [saved[2]["data_path"]]
-    named = names or list(given.get("data") or ())
-    if not named:
-        raise UserError("nothing to train on; name a text file, a folder or a corpus")
-    model_options, data_config, train_config = split_options(given)
-    threads = torch.get_num_threads()
-    machine = runtime.start(train_config)
-    try:
+            _check_resumable(given, resume, overwrite, init_from)
+            if int(os.environ.get("RANK", 0)) == 0:  # before reading: nobody else may move on
+                run = ckpt.find_training(resume).parents[1]
+                held.enter_context(exclusive(run, run / ".lock"))
+            saved = ckpt.load_training(resume)
+            given = saved[2]["options"] | given | {"out": os.fspath(resume)}
+            if not names and is_prepared(saved[2]["data_path"]):
+                names, asked = [saved[2]["data_path"]], set()
+        elif init_from is not None:
+            base = load_pretrained(init_from, progress)
+            given = _options_for(base, given, asked, os.fspath(init_from))
+        given["data"] = tuple(names or given.get("data") or ())
+        if not given["data"]:
+            raise UserError("nothing to train on; name a text file, a folder or a corpus")
+        config_now = split_options(given)[2]
+        require_loggers(tensorboard=config_now.tensorboard, wandb=config_now.wandb)
+        held.callback(torch.set_num_threads, torch.get_num_threads())  # the caller's
+        machine = runtime.start(config_now)
+        held.callback(runtime.stop)
         try:
-            dataset = _open_data(named, data_config, asked, machine, progress)
+            dataset = _open_data(given, asked, machine, progress)
         except UserError as error:
             if saved is None or names:
                 raise
             raise UserError(f"{error}; if the text has moved: {program()} train NEW-PATH --resume "
-                            f"{shlex.quote(str(resume))}") from error  # fmt: skip
+                            f"{shlex.quote(os.fspath(resume or ''))}") from error  # fmt: skip
+        if saved is None:
+            given |= _stored_options(given["data"]) or {}
+        elif saved[2]["data_fingerprint"] != dataset.fingerprint:
+            raise UserError(f"{given['data'][0]} has changed since {resume} was started; "
+                            "resume with the same data, or start anew")  # fmt: skip
+        trainer = _make_trainer(given, dataset, machine, progress, saved, base, overwrite, held)
+        result = trainer.fit()
+        machine.barrier()  # who leaves early takes the others' connections down
+        return result
+
+
+def _make_trainer(
+    given: dict[str, Any],
+    data: Dataset,
+    machine: runtime.Machine,
+    progress: Progress,
+    saved: tuple | None,
+    base: ckpt.Checkpoint | None,
+    overwrite: bool,
+    held: contextlib.ExitStack,
+) -> Trainer:
+    """A trainer that is ready to go, in a run directory of its own."""
+    config, model_config = split_options(given)[2], _model_config(given, data, saved, base)
+    data.check_fits(model_config.context_length)
+
+    def own_run() -> Path:
+        run = Path(config.out) if config.out else new_folder(given["data"][0])
+        if saved is None:
+            if overwrite:
+                inputs = [*given["data"], given.get("val"), given.get("init_from")]
+                _check_outside(run, [name for name in inputs if name])
+            held.enter_context(_own(run, overwrite))
+        return run
+
+    run = machine.on_main(own_run)
+    try:
+        trainer = Trainer(run, model_config, config, data, machine, progress, given)
         if base is not None:
-            given["data"] = tuple(named)
-            model_config = _adopt(dataset, base, model_options, str(init_from))
-        elif saved is not None:
-            model_config = saved[0].config
-            if saved[2]["data_fingerprint"] != dataset.fingerprint:
-                raise UserError(f"{named[0]} has changed since {resume} was started; "
-                                "resume with the same data, or start anew")  # fmt: skip
-        else:
-            given["data"] = tuple(named)
-            model_config = ModelConfig.from_shape(
-                model_options.pop("shape"), vocab_size=dataset.tokenizer.vocab_size, **model_options
-            )
-        dataset.check_fits(model_config.context_length)
-        with contextlib.ExitStack() as held:
-            run = Path(train_config.out or "")
-            if machine.is_main:
-                run = run if train_config.out else new_folder(named[0])
-                held.enter_context(_own(run, overwrite, resuming=saved is not None))
-            run = machine.share(run)
-            trainer = Trainer(run, model_config, train_config, dataset, machine, progress, given)
-            if base is not None:
-                load_weights(trainer.model, crop_positions(base.weights, model_config))
-            if saved is not None:
-                trainer.restore(*saved)
-            result = trainer.fit()
-            machine.barrier()  # who leaves early takes the others' connections down
-            return result
-    finally:
-        torch.set_num_threads(threads)  # the caller's, who may go on
-        runtime.stop()
+            load_weights(trainer.model, crop_positions(base.weights, model_config))
+    except (RuntimeError, MemoryError) as error:
+        if not runtime.is_out_of_memory(error):
+            raise
+        raise UserError(f"a model of {model_config.n_parameters:,} parameters does not fit in "
+                        "memory; make it smaller") from error  # fmt: skip
+    if saved is not None:
+        trainer.restore(*saved)
+    elif machine.is_main:
+        _empty(run)  # an old run goes only now, when nothing keeps the new one from starting
+    return trainer
 
 
-def _check_resumable(given: dict[str, Any], run: str | Path, overwrite: bool) -> None:
+def _names(data: Any) -> list[str]:
+    names = [data] if isinstance(data, (str, os.PathLike)) or data is None else data
+    try:
+        return [os.fspath(name) for name in names if name is not None]
+    except TypeError:
+        raise UserError(f"data={data!r} must be a name, a path, or a list of them") from None
+
+
+def _model_config(
+    given: dict[str, Any], data: Dataset, saved: tuple | None, base: ckpt.Checkpoint | None
+) -> ModelConfig:
+    if saved is not None:
+        return saved[0].config
+    options = split_options(given)[0]
+    if base is not None:
+        return _adopt(data, base, options, given["init_from"])
+    return ModelConfig.from_shape(
+        options.pop("shape"), vocab_size=data.tokenizer.vocab_size, **options
+    )
+
+
+def _check_resumable(
+    given: dict[str, Any], run: str | Path, overwrite: bool, init_from: str | Path | None
+) -> None:
     """A run goes on where it is, as what it is: only the training options may change."""
-    fixed = {"shape", "out", *names_of(ModelConfig), *names_of(DataConfig)} & set(given)
+    fixed = {"shape", "out", "data", *names_of(ModelConfig), *names_of(DataConfig)} & set(given)
     fixed |= {"overwrite"} if overwrite else set()
+    fixed |= {"from"} if init_from is not None else set()
     if fixed:
         raise UserError(f"{', '.join(sorted(fixed))} can't change when resuming {run}; "
                         "leave it out, or start a new run")  # fmt: skip
@@ -169,8 +219,7 @@ def _adopt(data: Dataset, base: ckpt.Checkpoint, options: dict[str, Any], name: 
 
 
 def _open_data(
-    names: list[str],
-    config: DataConfig,
+    given: dict[str, Any],
     asked: set[str],
     machine: runtime.Machine,
     progress: Progress,
@@ -179,37 +228,48 @@ def _open_data(
 
     `asked`: the options that the user named, which prepared data can't follow any more.
     """
-    if len(names) == 1 and is_prepared(names[0]):
-        _check_prepared_as_asked(names[0], config, asked)
+    names, config = given["data"], split_options(given)[1]
+    stored = _stored_options(names)
+    if stored is not None:
+        for name in sorted(asked & names_of(DataConfig)):
+            if stored.get(name, "") != getattr(config, name):
+                raise UserError(f"{names[0]} is prepared already, so {name}="
+                                f"{getattr(config, name)} can't be followed; prepare the text "
+                                "anew with it")  # fmt: skip
         return load_data(names[0])
-    tell, folder = ByteProgress(progress), Path()
-    if machine.is_main:
+    tell = ByteProgress(progress)
+
+    def find_or_make() -> Path:
         inputs = sources.resolve(names, progress=tell)
-        inputs += sources.resolve([config.val]) if config.val else []
+        inputs += sources.resolve([config.val]) if config.val is not None else []
         key = data_key([sources.fingerprint(source) for source in inputs], config)
         folder = cache_dir() / "data" / key
+        if is_prepared(folder):
+            return folder
         with explain_os_errors(f"write {folder}"):
             folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_suffix(".lock")):  # a second training of the same text waits
             if not is_prepared(folder):
                 prepare(names, folder, config, overwrite=True, progress=tell)
-    return load_data(machine.share(folder))
+        return folder
+
+    return load_data(machine.on_main(find_or_make))
 
 
-def _check_prepared_as_asked(folder: str, config: DataConfig, asked: set[str]) -> None:
+def _stored_options(names: Sequence[str]) -> dict[str, Any] | None:
+    """With what options prepared data were made ({} for nanoGPT's); None for anything else."""
+    if len(names) > 1 or not is_prepared(names[0]):
+        return None
     try:
-        stored = json.loads((Path(folder) / "meta.json").read_bytes()).get("options", {})
-    except (OSError, ValueError):  # nanoGPT's folder; a damaged one is reported on loading
-        stored = {}
-    for name in sorted(asked & names_of(DataConfig)):
-        if stored.get(name, "") != getattr(config, name):
-            raise UserError(f"{folder} is prepared already, so {name}={getattr(config, name)} "
-                            "can't be followed; prepare the text anew with it")  # fmt: skip
+        stored = json.loads((Path(names[0]) / "meta.json").read_bytes())["options"]
+        return stored if isinstance(stored, dict) else {}
+    except (OSError, ValueError, KeyError, TypeError):  # a damaged one is reported on loading
+        return {}
 
 
 def new_folder(data: str) -> Path:
     """Make runs/book, or runs/book-2 when that is taken; of two processes each gets its own."""
-    stem = re.sub(r"[^\w.-]+", "-", Path(data).name.split(".")[0]).strip("-.") or "model"
+    stem = re.sub(r"[^\w.-]+", "-", Path(data).name.split(".")[0]).strip("-.")[:80] or "model"
     for n in range(1, 1_000_000):
         path = Path("runs") / (stem if n == 1 else f"{stem}-{n}")
         with explain_os_errors(f"write {path}"):
@@ -221,20 +281,34 @@ def new_folder(data: str) -> Path:
 
 
 @contextlib.contextmanager
-def _own(run: Path, overwrite: bool, *, resuming: bool) -> Iterator[None]:
-    """Hold the run directory for this process; unless `resuming`, new or emptied."""
+def _own(run: Path, overwrite: bool) -> Iterator[None]:
+    """Hold the directory of a new run for this process; it may hold an old run to overwrite."""
     with explain_os_errors(f"write {run}"):
-        if not resuming:
-            _check_replaceable(run, overwrite)
+        _check_replaceable(run, overwrite)
         run.mkdir(parents=True, exist_ok=True)
-    with exclusive(run, run / ".lock"):
-        with explain_os_errors(f"write {run}"):
-            for path in run.iterdir() if not resuming else ():
-                if path.is_dir() and not path.is_symlink():
-                    shutil.rmtree(path)
-                elif path.name != ".lock":
-                    path.unlink()
-        yield
+    try:
+        with exclusive(run, run / ".lock"):
+            yield
+    finally:
+        with contextlib.suppress(OSError):  # where nothing was written, nothing is left
+            run.rmdir()
+
+
+def _empty(run: Path) -> None:
+    with explain_os_errors(f"write {run}"):
+        for path in run.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path.name != ".lock":
+                path.unlink()
+
+
+def _check_outside(run: Path, inputs: Sequence[str | Path]) -> None:
+    """What is trained on must not lie in what would be overwritten."""
+    place = Path(os.path.realpath(run))
+    for name in inputs:
+        if place in (path := Path(os.path.realpath(name)), *path.parents):
+            raise UserError(f"{name} lies in {run}, which would be replaced; choose another --out")
 
 
 def _check_replaceable(run: Path, overwrite: bool) -> None:
@@ -244,7 +318,10 @@ def _check_replaceable(run: Path, overwrite: bool) -> None:
     if not overwrite:
         raise UserError(f"{run} exists already; continue it with --resume {shlex.quote(str(run))}, "
                         "choose another --out, or say --overwrite")  # fmt: skip
-    foreign = sorted(name for name in there if not _RUN_FILES.fullmatch(name))
-    if run.is_file() or foreign:
-        what = f"no training wrote {foreign[0]}" if foreign else "it is a file"
+    foreign = {name for name in there if not _RUN_FILES.fullmatch(name)}
+    if (run / "checkpoints").is_dir():
+        names = {path.name for path in (run / "checkpoints").iterdir()}
+        foreign |= {f"checkpoints/{name}" for name in names - {"last", ".next", ".previous"}}
+    if foreign or not there & _OWN_FILES:
+        what = f"no training wrote {min(foreign)}" if foreign else "no training wrote it"
         raise UserError(f"{run} is no run directory ({what}); --overwrite leaves it alone")

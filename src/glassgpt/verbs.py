@@ -28,12 +28,16 @@ if TYPE_CHECKING:
     from glassgpt.trainer import TrainResult
 
 
+_FREE_TEXT = ("sample_prompt", "stop")  # may begin with a hyphen
+
+
 def _options(name: str, hints: dict[str, Any], groups: dict[str, Group] | None = None) -> Any:
     """A TypedDict of cyclopts parameters: it will hold the options that were really given."""
     fields = {}
     for key, hint in hints.items():
         group = {"group": groups[key]} if groups and key in groups else {}
-        about = Parameter(help=hint.__metadata__[0], negative_iterable=(), **group)
+        about = Parameter(help=hint.__metadata__[0], negative_iterable=(),
+                          allow_leading_hyphen=key in _FREE_TEXT, **group)  # fmt: skip
         fields[key] = Annotated[hint.__origin__, about]
     return TypedDict(name, fields, total=False)  # type: ignore[operator]
 

@@ -173,6 +173,17 @@ def test_two_processes_compute_what_one_does(tmp_path, book):
     assert glassgpt("sample", tmp_path / "two", "--max-new-tokens", 3).returncode == 0
 
 
+def test_an_error_of_one_process_ends_all_with_one_line(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+               "--nproc-per-node", "2", "-m", "glassgpt", "train", str(tmp_path / "missing.txt"),
+               *tiny(device="cpu")]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode != 0
+    ours = [line for line in done.stderr.splitlines() if "glassgpt" in line and "missing" in line]
+    assert len([line for line in ours if line.startswith("glassgpt: ")]) == 1
+    assert "Connection closed" not in done.stderr
+
+
 def test_real_out_of_memory_halves_the_micro_batch(tmp_path):
     text = tmp_path / "long.txt"
     text.write_text(SENTENCE * 400)
@@ -251,7 +262,7 @@ def test_texts_that_cannot_be_used(tmp_path, book, capsys):
     assert "does not exist" in train(tmp_path / "missing.txt")
     assert "empty" in train(file("empty.txt", b""))
     assert "binary" in train(file("data.bin", bytes(range(256)) * 20))
-    assert "too few" in train(file("x.txt", b"x"))
+    assert "use more text" in train(file("x.txt", b"x"))
     assert "too few" in train(file("short.txt", b"short"), context_length=500)
     assert "not UTF-8" in train(file("latin.txt", "Größe".encode("latin-1") * 50))
     lines = b'{"text": "one"}\n{"body": "two", "id": 3}\n'
@@ -283,6 +294,7 @@ def test_wrong_options(tmp_path, book, run, capsys):
     assert "not valid TOML" in refuse(
         capsys, "train", book, *out, "--config", tmp_path / "bad.toml"
     )
+    main(["sample", str(run), "--stop", "-a", "--max-new-tokens", "2"])
     assert "top_p" in refuse(capsys, "sample", run, "--top-p", "1.5")
     assert "num_samples" in refuse(capsys, "sample", run, "--num-samples", "1000000000")
     assert "threads" in refuse(capsys, "train", book, *out, "--threads", "100000")

@@ -9,6 +9,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -328,6 +329,10 @@ def test_files_say_what_is_wrong_with_them(tmp_path: Path) -> None:
 
 def test_paths_and_single_strings_are_taken() -> None:
     assert TrainConfig(out=Path("runs") / "x").out == "runs/x"  # type: ignore[arg-type]
+    assert type(Sampling(max_new_tokens=np.int64(5)).max_new_tokens) is int
+    assert Sampling(temperature=np.float32(0.5)).temperature == 0.5  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="batch_tokens is too large"):
+        TrainConfig(batch_tokens=10**30)
     assert Sampling(stop="end").stop == ("end",)  # type: ignore[arg-type]
     for wrong in (dict(stop=3), dict(temperature="hot"), dict(max_new_tokens=2.5), dict(seed=None)):
         with pytest.raises(UserError, match=next(iter(wrong))):

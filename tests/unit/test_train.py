@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
+import sys
 import threading
 from pathlib import Path
 
@@ -368,3 +370,77 @@ def test_prepared_data_are_as_they_were_prepared(text, tmp_path):
             train(tmp_path / "data", out=tmp_path / "run", **TINY, **option)
     same = dict(val_fraction=0.2, tokenizer="char")
     assert train(tmp_path / "data", out=tmp_path / "run", **TINY, **same).finished
+
+
+def test_an_old_run_goes_only_when_the_new_one_can_start(text, tmp_path, monkeypatch):
+    run = train(text, out=tmp_path / "run", **TINY).run
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    huge = {**TINY, "n_embd": 3_000_000, "context_length": 10}
+    with pytest.raises(UserError, match="parameters does not fit in memory"):
+        train(text, out=run, overwrite=True, **huge)
+    monkeypatch.setitem(sys.modules, "wandb", None)  # not installed
+    with pytest.raises(UserError, match="--wandb needs: pip install"):
+        train(text, out=run, overwrite=True, wandb=True, **TINY)
+    inside = shutil.copy(text, run / "samples.md")
+    before[run / "samples.md"] = Path(text).read_bytes()
+    with pytest.raises(UserError, match="samples.md lies in .*, which would be replaced"):
+        train(inside, out=run, overwrite=True, **TINY)
+    with pytest.raises(UserError, match="lies in"):
+        train(text, out=run, overwrite=True, init_from=run, max_steps=2)
+    assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match="does not fit"):
+        train(text, out=tmp_path / "new", **huge)
+    assert not (tmp_path / "new").exists()
+
+
+def test_models_of_others_are_not_overwritten(text, tmp_path):
+    run = train(text, out=tmp_path / "run", **TINY).run
+    downloaded = tmp_path / "downloaded"
+    downloaded.mkdir()
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "generation_config.json"):
+        shutil.copy(run / name, downloaded)
+    with pytest.raises(UserError, match="no training wrote it"):
+        train(text, out=downloaded, overwrite=True, **TINY)
+    (run / "checkpoints" / "epoch1.ckpt").write_text("mine")
+    with pytest.raises(UserError, match="checkpoints/epoch1.ckpt"):
+        train(text, out=run, overwrite=True, **TINY)
+
+
+def test_the_micro_batch_may_change_when_resuming(text, tmp_path):
+    sizes = []
+
+    class Watch(Progress):
+        def say(self, text: str = "") -> None:
+            sizes.extend(re.findall(r"(\d+) micro-batches a step", text))
+
+    run = train(text, out=tmp_path / "run", **TINY).run  # 6 sequences at once
+    train(resume=run, max_steps=14, micro_batch_size=1, progress=Watch())
+    train(resume=run, max_steps=16, micro_batch_size=6, batch_tokens=132, progress=Watch())
+    assert sizes == ["6", "2"]
+    state = json.loads((run / "checkpoints/last/state.json").read_text())
+    assert state["fits_in_memory"] is None
+
+
+def test_text_of_a_file_of_options_is_not_ignored_when_resuming(text, tmp_path):
+    run = train(text, out=tmp_path / "run", **TINY).run
+    (tmp_path / "run.toml").write_text('data = "other.txt"\nmax_steps = 20\n')
+    with pytest.raises(UserError, match="data can't change"):
+        train(resume=run, config=tmp_path / "run.toml")
+    with pytest.raises(UserError, match="resume the run:"):
+        train(resume=run / "checkpoints" / "last")
+
+
+def test_the_record_says_how_the_data_were_made(text, tmp_path):
+    from glassgpt.config import DataConfig
+
+    prepare([text], tmp_path / "data", DataConfig(val_fraction=0.2))
+    run = train(tmp_path / "data", out=tmp_path / "run", preset="bigram", **TINY).run
+    options = json.loads((run / "glassgpt.json").read_text())["options"]
+    assert options["val_fraction"] == 0.2
+    assert options["tokenizer"] == "char"
+
+
+@pytest.mark.parametrize("data", [123, b"text", [1, 2], {"a": 1}.values()])
+def test_data_of_other_types_are_refused(data):
+    with pytest.raises(UserError):
+        train(data, **TINY)
