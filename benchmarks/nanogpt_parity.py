@@ -28,7 +28,7 @@ from glassgpt.api import LoadedModel
 from glassgpt.checkpoint import Checkpoint, load_model
 from glassgpt.convert.nanogpt import load_nanogpt
 from glassgpt.data.vocabulary import build_tokenizer
-from glassgpt.export.nanogpt import save_nanogpt
+from glassgpt.export.formats import export
 
 TOLERANCE = 1e-4
 
@@ -38,7 +38,7 @@ def main() -> None:
     same = compare("read from nanoGPT", options.checkpoint, options.nanogpt, as_ours(options))
     with tempfile.TemporaryDirectory() as work:
         ours = load_model(options.run) if options.run else as_ours(options)
-        moved = save_nanogpt(ours.config, ours.weights, ours.tokenizer, Path(work))
+        moved = export(ours, "nanogpt", Path(work)).difference
         print(f"written for nanoGPT: activation={ours.config.activation}, the exact GELU moves "
               f"logits by up to {moved:.1e}")  # fmt: skip
         ours.config = replace(ours.config, activation="gelu")

@@ -27,6 +27,9 @@ from glassgpt.config import (
 if TYPE_CHECKING:
     from glassgpt.trainer import TrainResult
 
+Format = Literal["gguf", "onnx", "nanogpt", "numpy"]  # as in export/formats.py, which is heavy
+Precision = Literal["F32", "F16", "Q8_0"]
+
 
 _FREE_TEXT = ("sample_prompt", "stop")  # may begin with a hyphen
 
@@ -243,6 +246,51 @@ def sample(
     model = glassgpt.load(run, device=device)
     how = Sampling(**options)
     print_samples(model, read_prompt(prompt), how, show_prompt=not completion_only)
+
+
+def export(
+    run: str,
+    /,
+    *,
+    to: Format,
+    out: str | None = None,
+    precision: Precision = "F32",
+    overwrite: bool = False,
+) -> None:
+    """Write a model for other programs: llama.cpp, ONNX Runtime, nanoGPT, or NumPy alone.
+
+    RUN is what `sample` takes. The file is read back and compared: the largest difference of a
+    logit is printed. transformers and vLLM need no export: they load a run directory as it is.
+
+    Examples:
+
+    glassgpt export runs/book --to gguf --precision Q8_0
+
+    glassgpt export gpt2 --to onnx --out gpt2.onnx
+
+    Parameters
+    ----------
+    run:
+        Run directory, or the name of a model.
+    to:
+        gguf (llama.cpp, Ollama), onnx (with inputs for the cache), nanogpt (ckpt.pt, meta.pkl),
+        numpy (one .npz).
+    out:
+        File to write, for nanogpt a folder [the name of RUN with a suffix, in this folder].
+    precision:
+        Of the matrices of a GGUF: F32, F16, Q8_0.
+    overwrite:
+        Replace OUT if it exists.
+    """
+    from glassgpt.export.formats import SUFFIXES
+    from glassgpt.export.formats import export as write
+    from glassgpt.pretrained import load_pretrained
+
+    name = Path(run).resolve().name if Path(run).exists() else run.replace(":", "-")
+    target = Path(out) if out else Path(name.rpartition("/")[2].removesuffix(".pt") + SUFFIXES[to])
+    done = write(load_pretrained(run), to, target, precision=precision, overwrite=overwrite)
+    print(f"{done.path}: {done.n_bytes / 1e6:,.1f} MB · largest difference in logits "
+          f"{done.difference:.2g}" + (f" · {done.note}" if done.note else ""))  # fmt: skip
 
 
 def _exit_status(result: TrainResult) -> None:

@@ -38,7 +38,7 @@ TEXT = (
 )
 
 # Against a context of 13: the first pair keeps its frequency, the last is slowed, one lies between.
-LLAMA3 = RopeScaling(kind="llama3", factor=8.0, low_freq_factor=0.5, high_freq_factor=2.0,
+LLAMA3 = RopeScaling(kind="llama3", factor=8.0, low_freq_factor=0.5, high_freq_factor=1.8,
                      original_context_length=12)  # fmt: skip
 OURS = {
     "gpt2": tiny_config("gpt2"),

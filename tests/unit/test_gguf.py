@@ -19,13 +19,15 @@ import pytest
 from gguf import GGUFReader
 
 from conftest import tiny_config
-from glassgpt.config import ModelConfig
+from glassgpt.config import ModelConfig, RopeScaling
 from glassgpt.errors import UserError
 from glassgpt.export.compare import largest_difference
 from glassgpt.export.gguf import Kind, read_gguf, write_gguf
 from glassgpt.tokenizer import CharTokenizer, Tokenizer, byte_tokenizer, from_spec, train_bpe
 
 CHARACTERS = CharTokenizer.from_characters("abcdefghijklmnopqrstuvwxyz .,!?\n-:;'")  # 36, <unk>
+LLAMA3 = RopeScaling(kind="llama3", factor=8.0, low_freq_factor=0.5, high_freq_factor=1.8,
+                     original_context_length=12)  # fmt: skip
 FAMILIES = [
     pytest.param("gpt2", {}, id="gpt2"),
     pytest.param("gpt2", dict(tie_embeddings=False), id="gpt2-untied"),
@@ -38,6 +40,12 @@ FAMILIES = [
         dict(qk_norm=False, head_dim=6, tie_embeddings=False, rope_theta=5e5),
         id="llama-2",
     ),
+    pytest.param(
+        "modern",
+        dict(qk_norm=False, head_dim=6, rope_scaling=RopeScaling(kind="linear", factor=2.5)),
+        id="llama-linear",
+    ),
+    pytest.param("modern", dict(qk_norm=False, head_dim=6, rope_scaling=LLAMA3), id="llama-3"),
 ]
 
 
@@ -73,6 +81,7 @@ def test_f32_is_exact(tmp_path: Path, shape: str, fields: dict[str, Any]) -> Non
     stored, read = read_gguf(tmp_path / "m.gguf")
     assert stored.family == config.family
     assert stored.rope_theta == config.rope_theta
+    assert stored.rope_scaling == config.rope_scaling
     assert stored.norm_eps == pytest.approx(config.norm_eps)
     assert stored.tie_embeddings == config.tie_embeddings
     for name, array in weights.items():
@@ -133,6 +142,19 @@ def test_exact_gelu_becomes_the_tanh_form_and_the_difference_shows(tmp_path: Pat
     stored, read = read_gguf(tmp_path / "m.gguf")
     assert stored.activation == "gelu_tanh"
     assert 0 < largest_difference((config, weights), (stored, read)) < 0.01
+
+
+def test_llama3_scaling_is_a_tensor_of_factors(tmp_path: Path) -> None:
+    config = tiny_config(qk_norm=False, head_dim=6, rope_scaling=LLAMA3)
+    write(tmp_path / "m.gguf", config)
+    tensors = {t.name: t.data for t in GGUFReader(tmp_path / "m.gguf").tensors}
+    factors = tensors["rope_freqs.weight"]
+    assert factors.shape == (3,)
+    assert factors[0] == 1.0  # the fastest pair keeps its frequency
+    assert factors[2] == pytest.approx(8.0)  # the slowest has an eighth of it
+    assert 1.0 < factors[1] < 8.0
+    with pytest.raises(UserError, match="qwen3"):
+        write(tmp_path / "q.gguf", tiny_config(head_dim=6, rope_scaling=LLAMA3))
 
 
 class OneByOne(Mapping[str, np.ndarray]):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -19,9 +20,16 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from glassgpt.config import ModelConfig
+from glassgpt.config import ModelConfig, RopeScaling
 from glassgpt.errors import UserError, explain_os_errors
-from glassgpt.tokenizer import GPT2_PATTERN, UNKNOWN, Tokenizer, bpe_pattern, byte_alphabet
+from glassgpt.tokenizer import (
+    GPT2_PATTERN,
+    UNKNOWN,
+    LibraryTokenizer,
+    Tokenizer,
+    bpe_pattern,
+    byte_alphabet,
+)
 
 if TYPE_CHECKING:
     from gguf import GGUFReader, GGUFWriter
@@ -35,6 +43,8 @@ _NAMES = {
     "attn.q_norm": "attn_q_norm", "attn.k_norm": "attn_k_norm", "mlp_norm": "ffn_norm",
     "mlp.gate": "ffn_gate", "mlp.up": "ffn_up", "mlp.down": "ffn_down",
 }  # fmt: skip
+_ROPE_FACTORS = "rope_freqs.weight"
+_ROPE_RULE = "glassgpt.rope_scaling"  # the rule behind them, which the format has no key for
 _Q8_BLOCK = 32  # numbers of a row that share a scale
 
 # Field of ModelConfig -> key of the file, after the name of the architecture.
@@ -115,6 +125,11 @@ def read_gguf(path: Path) -> tuple[ModelConfig, dict[str, np.ndarray]]:
             reader = gguf.GGUFReader(path)
         tensors = {t.name: t for t in reader.tensors}
         config = _read_settings(reader, tied="output.weight" not in tensors)
+        if _ROPE_FACTORS in tensors:
+            rule = RopeScaling(**json.loads(reader.fields[_ROPE_RULE].contents()))
+            config = dataclasses.replace(config, rope_scaling=rule)
+            if not np.array_equal(tensors[_ROPE_FACTORS].data, _rope_factors(config)):
+                raise ValueError(f"{_ROPE_FACTORS} does not follow from {_ROPE_RULE}")
         weights = {}
         for ours in config.weight_shapes:
             found = [tensors[theirs] for theirs in _their_names(config, ours)]
@@ -149,6 +164,8 @@ def _stored_config(config: ModelConfig) -> ModelConfig:
         )
     if config.family == "gpt2":  # always with biases (zero, if need be), and GELU's tanh form
         return dataclasses.replace(config, bias=True, activation="gelu_tanh")
+    if config.rope_scaling and config.rope_scaling.kind == "llama3" and config.qk_norm:
+        raise UserError("rope scaling llama3 with qk_norm: llama.cpp's qwen3 can't compute it")
     return config
 
 
@@ -157,11 +174,19 @@ def _tensors(
 ) -> Iterator[tuple[str, np.ndarray]]:
     """(llama.cpp's name, tensor) in the order of the file; each weight is asked for once."""
     stored, given = _stored_config(config), config.weight_shapes
+    if config.rope_scaling and config.rope_scaling.kind == "llama3":
+        yield _ROPE_FACTORS, _rope_factors(config)
     for ours, shape in stored.weight_shapes.items():
         weight = weights[ours] if ours in given else np.zeros(shape, np.float32)
         names = _their_names(stored, ours)
         parts = _split_qkv(stored, weight) if len(names) > 1 else [weight]
         yield from zip(names, parts, strict=True)
+
+
+def _rope_factors(config: ModelConfig) -> np.ndarray:  # (D/2,)
+    """By what the frequency of each pair of dimensions is divided."""
+    plain = dataclasses.replace(config, rope_scaling=None).rope_frequencies
+    return (np.array(plain) / np.array(config.rope_frequencies)).astype(np.float32)
 
 
 def _their_names(config: ModelConfig, ours: str) -> list[str]:
@@ -242,6 +267,12 @@ def _add_settings(writer: GGUFWriter, config: ModelConfig, kind: Kind, name: str
     if config.position == "rope":
         writer.add_value_length(config.head_dim)
         writer.add_rope_dimension_count(config.head_dim)
+    scaling = config.rope_scaling
+    if scaling and scaling.kind == "llama3":
+        writer.add_string(_ROPE_RULE, json.dumps(dataclasses.asdict(scaling)))
+    elif scaling:
+        writer.add_rope_scaling_type(_package().RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(scaling.factor)
 
 
 def _read_settings(reader: GGUFReader, *, tied: bool) -> ModelConfig:
@@ -252,6 +283,9 @@ def _read_settings(reader: GGUFReader, *, tied: bool) -> ModelConfig:
         for field, key in (_GPT2_SETTINGS if gpt2 else _MODERN_SETTINGS).items()
     }
     fields |= dict(tie_embeddings=tied, qk_norm=family == "qwen3")
+    if f"{family}.rope.scaling.factor" in reader.fields:
+        factor = reader.fields[f"{family}.rope.scaling.factor"].contents()
+        fields["rope_scaling"] = RopeScaling(kind="linear", factor=factor)
     return ModelConfig.from_shape("gpt2" if gpt2 else "modern", **fields)
 
 
@@ -271,6 +305,11 @@ def _add_tokenizer(writer: GGUFWriter, tokenizer: Tokenizer, vocab_size: int) ->
     # there is no end of text, an id that never comes must stand for it.
     end = vocab_size - 1 if tokenizer.end_of_text is None else tokenizer.end_of_text
     if tokenizer.kind == "char":
+        if UNKNOWN not in vocab:
+            raise UserError(
+                "llama.cpp needs a token that ends a text, and this vocabulary of characters "
+                "(nanoGPT's) has none to spare; export to onnx or numpy"
+            )
         end = vocab[UNKNOWN]
         kinds[end] = types.UNKNOWN
         writer.add_unk_token_id(end)
@@ -307,6 +346,13 @@ def _letters(token: str) -> str:
 def _pattern_name(tokenizer: Tokenizer) -> str:
     if tokenizer.kind != "bpe":
         return "gpt-2"  # where text is cut can't matter
+    if isinstance(tokenizer, LibraryTokenizer):
+        if _cuts_digits(tokenizer.spec):
+            return "smollm"
+        raise UserError(
+            "this model's tokenizer is no byte-level BPE that llama.cpp has a name for; "
+            "export to onnx or numpy, or convert the original with llama.cpp"
+        )
     pattern = bpe_pattern(tokenizer.spec)
     if pattern not in _PATTERN_NAMES:
         known = ", ".join(_PATTERN_NAMES.values())
@@ -315,3 +361,13 @@ def _pattern_name(tokenizer: Tokenizer) -> str:
             f"those of {known} can be written"
         )
     return _PATTERN_NAMES[pattern]
+
+
+def _cuts_digits(spec: Mapping[str, Any]) -> bool:
+    """GPT-2's pattern with every digit by itself, as SmolLM2 has it."""
+    steps = (spec.get("pre_tokenizer") or {}).get("pretokenizers", [])
+    return (
+        [step.get("type") for step in steps] == ["Digits", "ByteLevel"]
+        and bool(steps[0].get("individual_digits") and steps[1].get("use_regex", True))
+        and not spec.get("normalizer")
+    )

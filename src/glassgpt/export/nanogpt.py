@@ -13,25 +13,23 @@ from __future__ import annotations
 import io
 import pickle
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from glassgpt.checkpoint import write_file
 from glassgpt.config import ModelConfig
 from glassgpt.convert.huggingface import gpt2_names
 from glassgpt.errors import UserError, explain_os_errors
-from glassgpt.model import GPT, load_weights
+from glassgpt.system import write_file
 from glassgpt.tokenizer import Tokenizer
 
 
 def save_nanogpt(
     config: ModelConfig, weights: Mapping[str, np.ndarray], tokenizer: Tokenizer, folder: Path
-) -> float:
-    """Write ckpt.pt, and meta.pkl for a character tokenizer; returns `logit_difference`.
+) -> None:
+    """Write ckpt.pt, and meta.pkl for a character tokenizer.
 
     The checkpoint names `folder` as its data set, which is where sample.py then finds meta.pkl.
     Training resumes at step 0 with fresh moments, and nanoGPT's default decay and betas.
@@ -68,25 +66,6 @@ def save_nanogpt(
     write_file(folder / "ckpt.pt", archive.getvalue())
     if meta is not None:
         write_file(folder / "meta.pkl", pickle.dumps(meta))
-    return logit_difference(config, weights)
-
-
-@torch.inference_mode()
-def logit_difference(config: ModelConfig, weights: Mapping[str, np.ndarray]) -> float:
-    """The largest difference of a logit that the exact GELU makes, on one context of random ids.
-
-    0.0 for a model that has it anyway.
-    """
-    if config.activation == "gelu":
-        return 0.0
-    generator = torch.Generator().manual_seed(1)
-    tokens = torch.randint(config.vocab_size, (1, config.context_length), generator=generator)
-    logits = []
-    for ours in (config, replace(config, activation="gelu")):
-        model = GPT(ours).eval()
-        load_weights(model, dict(weights))
-        logits.append(model(tokens))
-    return (logits[0] - logits[1]).abs().max().item()
 
 
 def _check(config: ModelConfig) -> None:
