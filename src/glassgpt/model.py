@@ -213,8 +213,10 @@ class GPT(nn.Module):
         """
         with torch.device("meta"):
             model = cls(config)
-        tensors = {name: torch.from_numpy(np.array(weights[name], dtype=np.float32, order="C"))
-                   for name in config.weight_shapes}  # fmt: skip
+        tensors = {}
+        for name, shape in config.weight_shapes.items():
+            tensors[name] = torch.empty(shape)  # before the array, whose memory is then reused
+            tensors[name].numpy()[...] = weights[name]
         model.load_state_dict(tensors, strict=False, assign=True)
         if config.tie_embeddings:
             model.head.weight = model.token_embedding.weight

@@ -145,7 +145,7 @@ def test_exact_gelu_becomes_the_tanh_form_and_the_difference_shows(tmp_path: Pat
 
 
 def test_llama3_scaling_is_a_tensor_of_factors(tmp_path: Path) -> None:
-    config = tiny_config(qk_norm=False, head_dim=6, rope_scaling=LLAMA3)
+    config = tiny_config(qk_norm=False, head_dim=6, rope_theta=30.0, rope_scaling=LLAMA3)
     write(tmp_path / "m.gguf", config)
     tensors = {t.name: t.data for t in GGUFReader(tmp_path / "m.gguf").tensors}
     factors = tensors["rope_freqs.weight"]
