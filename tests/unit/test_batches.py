@@ -30,7 +30,7 @@ def token_files(folder: Path, *sizes: int, dtype: str = "<u2") -> TokenFiles:
         paths.append(folder / f"{number}.bin")
         np.arange(start, start + size).astype(dtype).tofile(paths[-1])
         start += size
-    return TokenFiles(paths, dtype)
+    return TokenFiles(paths, dtype, vocab_size=max(start, 1))
 
 
 # -- random batches ------------------------------------------------------------------------------
@@ -219,6 +219,18 @@ def test_meta_without_a_field_is_refused(prepared: Path, field: str) -> None:
     del meta[field]
     (prepared / "meta.json").write_text(json.dumps(meta))
     with pytest.raises(UserError):
+        load_data(prepared)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"sources": []}, {"sources": None}, {"dtype": None}, {"dtype": "V0"}, {"dtype": []},
+     {"train": None}, {"val": {"files": [3], "tokens": 1}}, {"tokenizer": 3}],
+)  # fmt: skip
+def test_meta_with_wrong_types_is_refused(prepared: Path, wrong: dict[str, Any]) -> None:
+    meta = json.loads((prepared / "meta.json").read_text())
+    (prepared / "meta.json").write_text(json.dumps(meta | wrong))
+    with pytest.raises(UserError, match="fox"):
         load_data(prepared)
 
 

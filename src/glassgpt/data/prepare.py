@@ -3,7 +3,7 @@
     report = prepare(["book.txt"], "data/book", DataConfig(tokenizer="char"))
 
 One thread reads, all cores encode (the encoders release the GIL), results are written in order:
-memory holds a few pieces, however large the input. The folder gets its name when it is complete.
+memory holds a few pieces, however large the input. The folder counts only when it is complete.
 This room knows nothing of models or training.
 """
 
@@ -25,8 +25,8 @@ import numpy as np
 
 from glassgpt.config import DataConfig
 from glassgpt.data import sources
-from glassgpt.data.batches import is_prepared
-from glassgpt.data.folder import TokenWriter, new_folder
+from glassgpt.data.batches import load_data
+from glassgpt.data.folder import TokenWriter, new_folder, read_meta
 from glassgpt.data.overlap import OverlapSample
 from glassgpt.data.vocabulary import build_tokenizer, tokenizer_path
 from glassgpt.errors import UserError, explain_os_errors, first_of
@@ -103,8 +103,8 @@ def prepare(
     stamps = [sources.fingerprint(source) for source in (*inputs, *val_inputs)]
     key = data_key(stamps, config)
     out = Path(out)
-    if is_prepared(out) and _stored_key(out) == key:
-        return _stored_report(out)
+    if (stored := _stored_report(out, key)) is not None:
+        return stored
     files = [source.file for source in (*inputs, *val_inputs) if isinstance(source.file, Path)]
     with new_folder(out, inputs=files, overwrite=overwrite) as folder:
         run = _Preparation(inputs, val_inputs, folder, config, workers, tell)
@@ -125,16 +125,16 @@ def data_key(stamps: list[dict[str, Any]], config: DataConfig) -> str:
     return hashlib.sha256(described.encode()).hexdigest()[:16]
 
 
-def _stored_key(out: Path) -> str | None:
-    try:
-        return json.loads((out / "meta.json").read_bytes()).get("fingerprint")
-    except (OSError, ValueError):
+def _stored_report(out: Path, key: str) -> Report | None:
+    """Of a folder that holds what `key` stands for, and holds it undamaged."""
+    meta = read_meta(out)
+    if meta is None or meta.get("fingerprint") != key:
         return None
-
-
-def _stored_report(out: Path) -> Report:
-    stored = json.loads((out / "meta.json").read_bytes())["report"]
-    return Report(**stored | {"unchanged": True})
+    try:
+        load_data(out)
+        return Report(**meta["report"] | {"unchanged": True})
+    except (UserError, KeyError, TypeError):
+        return None
 
 
 @dataclass
