@@ -62,7 +62,15 @@ class TokenFiles:
             windows = self.shards[0][starts[:, None] + np.arange(T + 1)].astype(np.int64)
         else:
             windows = np.stack([self.read(start, start + T + 1) for start in starts])
+        self._check(windows)
         return windows[:, :-1], windows[:, 1:]
+
+    def _check(self, tokens: np.ndarray) -> None:
+        """What is used is looked at, whenever it is: to look at all in advance takes too long."""
+        if (largest := tokens.max(initial=0)) >= self.vocab_size:
+            raise UserError(f"{self.paths[0].parent} is damaged: token {largest} outside the "
+                            f"vocabulary of {self.vocab_size}; delete it and prepare the data "
+                            "again")  # fmt: skip
 
     def windows(
         self, *, n: int, T: int, limit: int | None = None, rank: int = 0, world: int = 1
@@ -82,6 +90,7 @@ class TokenFiles:
                 yield self._windows_at(chosen * T, T)
                 continue
             flat = self.read(first * T, min(len(self), (first + rows) * T + 1))
+            self._check(flat)
             tokens, targets = np.zeros(rows * T, np.int64), np.full(rows * T, IGNORE)
             tokens[: len(flat) - 1], targets[: len(flat) - 1] = flat[:-1], flat[1:]
             yield tokens.reshape(rows, T), targets.reshape(rows, T)
