@@ -260,6 +260,47 @@ def test_a_text_that_begins_with_many_blanks_is_kept(tmp_path, monkeypatch):
     assert (report.characters, report.too_short) == (len(text), 0)
 
 
+@pytest.mark.parametrize(
+    ("n", "fraction", "expected"), [(100, 0.29, 29), (37, 0.1, 4), (100, 0.07, 7), (3, 0.9, 2)]
+)
+def test_the_share_of_documents_is_rounded(tmp_path, n, fraction, expected):
+    source = write_documents(tmp_path / "a.jsonl", [f"{i}: {STORY}" for i in range(n)])
+    config = DataConfig(tokenizer="byte", val_fraction=fraction)
+    assert prepare([source], tmp_path / "out", config).val_documents == expected
+
+
+def test_less_than_a_document_to_validate_is_split_by_characters(tmp_path):
+    source = write_documents(tmp_path / "a.jsonl", [STORY] * 9)
+    config = DataConfig(tokenizer="byte", val_fraction=0.1)
+    report = prepare([source], tmp_path / "out", config)
+    assert report.val_tokens == pytest.approx(0.9 * len(STORY), abs=1)
+
+
+def test_empty_names_are_refused(tmp_path):
+    (tmp_path / "a.txt").write_text(STORY)
+    for config, line in (
+        (DataConfig(val=""), "'' does not exist"),
+        (DataConfig(tokenizer=""), "no tokenizer ''. Choose char, byte,"),
+    ):
+        with pytest.raises(UserError, match=line):
+            prepare([str(tmp_path / "a.txt")], tmp_path / "out", config)
+
+
+@pytest.mark.parametrize("digits", ["9" * 20, "9" * 5000, "1000001"])
+def test_absurd_vocabularies_are_refused(tmp_path, digits):
+    (tmp_path / "a.txt").write_text(STORY)
+    with pytest.raises(UserError, match="at most 1000000 tokens|write the number of tokens"):
+        prepare([str(tmp_path / "a.txt")], tmp_path / "out", DataConfig(tokenizer=f"bpe:{digits}"))
+
+
+def test_the_data_key_knows_what_packed_files_hold():
+    def key(name: str) -> str:
+        return module.data_key([{"name": name, "sha256": "0"}], DataConfig())
+
+    assert key("c.jsonl.gz") != key("c.txt.gz")
+    assert key("c.jsonl.gz") == key("d.ndjson") != key("c.csv.zst")
+
+
 @pytest.mark.parametrize("workers", [-1, 0, 1025])
 def test_workers_out_of_range_are_refused(tmp_path, workers):
     (tmp_path / "a.txt").write_text(STORY)

@@ -33,7 +33,7 @@ from glassgpt.errors import UserError, explain_os_errors, first_of
 from glassgpt.system import usable_cores, write_file
 from glassgpt.tokenizer import Tokenizer, fingerprint, to_files
 
-FORMAT = 2  # goes up when the same text and options give other tokens
+FORMAT = 3  # goes up when the same text and options give other tokens
 _PIECE_CHARS = 1 << 16  # of a long document; tiktoken is fastest on pieces that fit the cache
 _JOB_CHARS = 1 << 19  # what a worker takes at a time
 _MANY = 1000  # documents after which counting stops and the split needs no total
@@ -99,7 +99,7 @@ def prepare(
         raise UserError(f"workers={workers} must lie between 1 and {_MAX_WORKERS}")
     tell = progress or (lambda what, done, total: None)
     inputs = sources.resolve(names, progress=tell)
-    val_inputs = sources.resolve([config.val], progress=tell) if config.val else []
+    val_inputs = sources.resolve([config.val], progress=tell) if config.val is not None else []
     stamps = [sources.fingerprint(source) for source in (*inputs, *val_inputs)]
     key = data_key(stamps, config)
     out = Path(out)
@@ -116,7 +116,7 @@ def prepare(
 
 def data_key(stamps: list[dict[str, Any]], config: DataConfig) -> str:
     """Identifies the result: the content of the sources and everything that shapes the tokens."""
-    content = [[stamp["sha256"], Path(stamp["name"]).suffix] for stamp in stamps]
+    content = [[stamp["sha256"], sources.kind_by_name(stamp["name"])] for stamp in stamps]
     path = tokenizer_path(config.tokenizer)
     if path is not None:  # its content counts, not its name
         with explain_os_errors(f"read the tokenizer {path}"):
@@ -244,8 +244,8 @@ class _Preparation:
                 return _Split({min(range(_MANY), key=_spread)}, fraction)
         if characters == 0:
             raise UserError(f"{self._named()}: there is no text in it")
-        n_val = int(documents * fraction)
-        if n_val:
+        if documents * fraction >= 1:
+            n_val = min(round(documents * fraction), documents - 1)
             return _Split(set(sorted(range(documents), key=_spread)[:n_val]))
         return _Split(val_from_char=int(characters * (1 - fraction)))
 

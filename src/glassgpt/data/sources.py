@@ -283,7 +283,7 @@ def _pieces_of_kind(
     head = stream.peek(512)[:512]
     if not head:
         raise NotTextError(name, "empty")
-    kind = kind_of(head) or _kind_by_name(name)
+    kind = kind_of(head) or kind_by_name(name)
     if kind in COMPRESSIONS:
         inner = decompress(kind, stream, name)
         yield from _pieces(inner, name, how, strict=strict, depth=depth + 1)
@@ -306,6 +306,8 @@ _SUFFIXES = {
 }
 
 
-def _kind_by_name(name: str) -> str:
+def kind_by_name(name: str) -> str:
+    """What a file of that name holds, unless its first bytes say otherwise; `.gz` and the like
+    don't count."""
     bare = re.sub(r"(\.(gz|xz|bz2|zstd?))+$", "", name.lower())
     return _SUFFIXES.get(os.path.splitext(bare)[1], "text")
