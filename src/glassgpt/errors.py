@@ -37,6 +37,7 @@ _OS_REMEDIES = {
     errno.EISDIR: "that is a folder; name a file",
     errno.ENOTDIR: "a part of that path is a file, not a folder; check the name",
     errno.EEXIST: "it exists already; choose another name",
+    errno.EBUSY: "it is in use, or a disk is mounted there; choose another place",
     errno.ENAMETOOLONG: "the name is too long for this file system; choose a shorter one",
 }
 

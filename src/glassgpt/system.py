@@ -1,4 +1,4 @@
-"""Small favours of the operating system: files whole or absent, locks, cores we may use.
+"""Small favours of the operating system: files whole or absent, locks, signals, cores we may use.
 
     write_file(Path("runs/book/config.json"), b"{}")
 
@@ -10,7 +10,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from collections.abc import Iterator
+import signal
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -59,6 +61,31 @@ def exclusive(thing: Path, lock: Path) -> Iterator[None]:
         with contextlib.suppress(OSError):
             lock.unlink()
         guard.release()
+
+
+@contextlib.contextmanager
+def before_sigterm(clean_up: Callable[[], None]) -> Iterator[None]:
+    """Call `clean_up` if SIGTERM comes in here, then let it end the process as it does anyway.
+
+    Nothing is unwound: an exception out of nowhere can leave a lock of Python's thread pool taken,
+    and the process would wait for it forever. Signals arrive in the main thread; in others, or
+    where somebody handles this one already, nothing changes.
+    """
+    in_main = threading.current_thread() is threading.main_thread()
+    if not in_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+
+    def end(number: int, frame: object) -> None:
+        clean_up()
+        signal.signal(number, signal.SIG_DFL)
+        signal.raise_signal(number)
+
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def usable_cores() -> int:

@@ -309,6 +309,9 @@ def gpt2_tokenizer(encoder_json: bytes, vocab_bpe: bytes) -> BPETokenizer:
     return _byte_level(vocab, [line.split(" ") for line in lines if line], use_regex=True)
 
 
+_MAX_BPE = 1_000_000  # tokens; no model has as many, and the trainer makes room for all at once
+
+
 def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
     """Byte-level BPE learned from `texts`: 256 bytes, then merges, `<|endoftext|>` last.
 
@@ -316,6 +319,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
     """
     if vocab_size < 258:
         raise UserError(f"bpe:{vocab_size}: at least 258 (256 bytes, a merge, {END_OF_TEXT})")
+    if vocab_size > _MAX_BPE:
+        raise UserError(f"bpe:{vocab_size}: at most {_MAX_BPE} tokens can be learned")
     from tokenizers import Tokenizer as Trainee
     from tokenizers import models, pre_tokenizers, trainers
 

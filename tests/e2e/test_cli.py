@@ -337,18 +337,6 @@ def test_no_network(tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path):
-    """A tmpfs of 1 MB; mounting needs root, as in CI."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
-    if subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("left out: mounting a small tmpfs needs root")
-    yield disk
-    subprocess.run(["umount", "-l", str(disk)], check=True)
-
-
 def test_disk_full(small_disk, tmp_path, book, capsys):
     line = refuse(capsys, "train", book, "--out", small_disk / "run", *tiny(n_embd=256))
     assert "no space left" in line

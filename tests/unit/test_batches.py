@@ -30,7 +30,7 @@ def token_files(folder: Path, *sizes: int, dtype: str = "<u2") -> TokenFiles:
         paths.append(folder / f"{number}.bin")
         np.arange(start, start + size).astype(dtype).tofile(paths[-1])
         start += size
-    return TokenFiles(paths, dtype)
+    return TokenFiles(paths, dtype, vocab_size=max(start, 1))
 
 
 # -- random batches ------------------------------------------------------------------------------
@@ -199,6 +199,19 @@ def test_cut_token_files_are_refused(prepared: Path, cut: int) -> None:
         load_data(prepared)
 
 
+@pytest.mark.parametrize("limit", [None, 3])
+def test_tokens_outside_the_vocabulary_are_refused_when_read(prepared: Path, limit) -> None:
+    for name in ("train", "val"):
+        path = prepared / f"{name}-00000.bin"
+        path.write_bytes(b"\xff" * path.stat().st_size)
+    data, size = load_data(prepared), len(set(TEXT)) + 1
+    message = rf"fox is damaged: token 65535 outside the vocabulary of {size}; delete it and"
+    with pytest.raises(UserError, match=message):
+        data.train.batch(0, seed=1, n=3, T=5)
+    with pytest.raises(UserError, match=message):
+        next(data.val.windows(n=2, T=5, limit=limit))
+
+
 @pytest.mark.parametrize("name", ["train-00000.bin", "val-00000.bin", "tokenizer.json"])
 def test_missing_files_are_refused(prepared: Path, name: str) -> None:
     (prepared / name).unlink()
@@ -219,6 +232,18 @@ def test_meta_without_a_field_is_refused(prepared: Path, field: str) -> None:
     del meta[field]
     (prepared / "meta.json").write_text(json.dumps(meta))
     with pytest.raises(UserError):
+        load_data(prepared)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"sources": []}, {"sources": None}, {"dtype": None}, {"dtype": "V0"}, {"dtype": []},
+     {"train": None}, {"val": {"files": [3], "tokens": 1}}, {"tokenizer": 3}],
+)  # fmt: skip
+def test_meta_with_wrong_types_is_refused(prepared: Path, wrong: dict[str, Any]) -> None:
+    meta = json.loads((prepared / "meta.json").read_text())
+    (prepared / "meta.json").write_text(json.dumps(meta | wrong))
+    with pytest.raises(UserError, match="fox"):
         load_data(prepared)
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import gzip
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,12 +21,14 @@ import pytest
 from glassgpt.config import DataConfig
 from glassgpt.data import folder
 from glassgpt.data import prepare as module
-from glassgpt.data.batches import load_data
+from glassgpt.data.batches import is_prepared, load_data
 from glassgpt.data.overlap import WINDOW, OverlapSample
 from glassgpt.data.prepare import prepare
 from glassgpt.data.report import describe
-from glassgpt.errors import UserError
+from glassgpt.data.sources import resolve
+from glassgpt.errors import UserError, explain_os_errors
 from glassgpt.tokenizer import END_OF_TEXT, CharTokenizer, to_files
+from glassgpt.training import train
 
 STORY = "In the beginning there was a small machine that liked to read.\nIt read all day.\n"
 
@@ -255,6 +260,47 @@ def test_a_text_that_begins_with_many_blanks_is_kept(tmp_path, monkeypatch):
     assert (report.characters, report.too_short) == (len(text), 0)
 
 
+@pytest.mark.parametrize(
+    ("n", "fraction", "expected"), [(100, 0.29, 29), (37, 0.1, 4), (100, 0.07, 7), (3, 0.9, 2)]
+)
+def test_the_share_of_documents_is_rounded(tmp_path, n, fraction, expected):
+    source = write_documents(tmp_path / "a.jsonl", [f"{i}: {STORY}" for i in range(n)])
+    config = DataConfig(tokenizer="byte", val_fraction=fraction)
+    assert prepare([source], tmp_path / "out", config).val_documents == expected
+
+
+def test_less_than_a_document_to_validate_is_split_by_characters(tmp_path):
+    source = write_documents(tmp_path / "a.jsonl", [STORY] * 9)
+    config = DataConfig(tokenizer="byte", val_fraction=0.1)
+    report = prepare([source], tmp_path / "out", config)
+    assert report.val_tokens == pytest.approx(0.9 * len(STORY), abs=1)
+
+
+def test_empty_names_are_refused(tmp_path):
+    (tmp_path / "a.txt").write_text(STORY)
+    for config, line in (
+        (DataConfig(val=""), "'' does not exist"),
+        (DataConfig(tokenizer=""), "no tokenizer ''. Choose char, byte,"),
+    ):
+        with pytest.raises(UserError, match=line):
+            prepare([str(tmp_path / "a.txt")], tmp_path / "out", config)
+
+
+@pytest.mark.parametrize("digits", ["9" * 20, "9" * 5000, "1000001"])
+def test_absurd_vocabularies_are_refused(tmp_path, digits):
+    (tmp_path / "a.txt").write_text(STORY)
+    with pytest.raises(UserError, match="at most 1000000 tokens|write the number of tokens"):
+        prepare([str(tmp_path / "a.txt")], tmp_path / "out", DataConfig(tokenizer=f"bpe:{digits}"))
+
+
+def test_the_data_key_knows_what_packed_files_hold():
+    def key(name: str) -> str:
+        return module.data_key([{"name": name, "sha256": "0"}], DataConfig())
+
+    assert key("c.jsonl.gz") != key("c.txt.gz")
+    assert key("c.jsonl.gz") == key("d.ndjson") != key("c.csv.zst")
+
+
 @pytest.mark.parametrize("workers", [-1, 0, 1025])
 def test_workers_out_of_range_are_refused(tmp_path, workers):
     (tmp_path / "a.txt").write_text(STORY)
@@ -331,33 +377,120 @@ def test_a_source_inside_the_output_is_refused(tmp_path, name):
 @pytest.mark.parametrize("there", ["out", "nothing"])
 def test_what_a_kill_left_behind_is_cleared(tmp_path, there):
     (tmp_path / "a.txt").write_text(STORY * 9)
+    out = tmp_path / "out"
     if there == "out":
-        prepare([str(tmp_path / "a.txt")], tmp_path / "out", DataConfig(val_fraction=0.2))
-    for name in (".out.previous", ".out.partial"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "train-00000.bin").write_text("left")
-    (tmp_path / ".out.lock").touch()
-    prepare([str(tmp_path / "a.txt")], tmp_path / "out", DataConfig(), overwrite=True)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "out"]
-    assert load_data(tmp_path / "out").source.endswith("a.txt")
+        prepare([str(tmp_path / "a.txt")], out, DataConfig(val_fraction=0.2))
+    (out / ".preparing").mkdir(parents=True)
+    (out / ".preparing" / "train-00000.bin").write_text("left")
+    (out / ".preparing.lock").touch()
+    assert is_prepared(out) == (there == "out")
+    prepare([str(tmp_path / "a.txt")], out, DataConfig(), overwrite=there == "out")
+    assert not [path for path in out.iterdir() if path.name.startswith(".")]
+    assert load_data(out).source.endswith("a.txt")
 
 
-def test_a_swap_that_fails_puts_the_old_data_back(tmp_path, monkeypatch):
+class Killed(BaseException):
+    pass
+
+
+def test_a_kill_while_files_move_leaves_old_data_or_none(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text(STORY * 9)
+    out, new = tmp_path / "out", DataConfig(val_fraction=0.2)
+    prepare([str(tmp_path / "a.txt")], tmp_path / "new", new)
+    wanted = everything(tmp_path / "new")
+    moves = 2 * len(wanted)  # each old file goes, each new one comes
+
+    def mortal(real, left):
+        def move(path, *more):
+            if path.name in wanted and out in path.parents and next(left, None) is None:
+                raise Killed
+            return real(path, *more)
+
+        return move
+
+    for life in range(moves + 1):
+        shutil.rmtree(out, ignore_errors=True)
+        prepare([str(tmp_path / "a.txt")], out, DataConfig())
+        before, left = everything(out), iter(range(life))
+        with monkeypatch.context() as patch, contextlib.suppress(Killed):
+            patch.setattr(Path, "unlink", mortal(Path.unlink, left))
+            patch.setattr(os, "replace", mortal(os.replace, left))
+            prepare([str(tmp_path / "a.txt")], out, new, overwrite=True)
+        assert is_prepared(out) == (life in (0, moves))
+        if is_prepared(out):
+            kept = {name: (out / name).read_bytes() for name in wanted}
+            assert kept == (wanted if life else before)
+        else:
+            with pytest.raises(UserError, match="prepare the data again"):
+                resolve([str(out)])
+        prepare([str(tmp_path / "a.txt")], out, new, overwrite=True)
+        assert everything(out) == wanted
+
+
+def test_an_empty_folder_is_filled_not_replaced(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text(STORY * 9)
+    out = tmp_path / "out"
+    out.mkdir(mode=0o710)
+    monkeypatch.chdir(out)
+    before = out.stat()
+    for config in (DataConfig(), DataConfig(val_fraction=0.2)):
+        prepare([str(tmp_path / "a.txt")], ".", config, overwrite=True)
+        assert (Path.cwd().stat().st_ino, out.stat().st_mode) == (before.st_ino, before.st_mode)
+        assert load_data(out).source.endswith("a.txt")
+    with pytest.raises(UserError, match=r"a\.txt lies in /"):
+        prepare([str(tmp_path / "a.txt")], "/", DataConfig())
+
+
+def test_a_mounted_folder_is_filled(small_disk, tmp_path):
+    (tmp_path / "a.txt").write_text(STORY * 9)
+    (small_disk / "lost+found").mkdir()  # as on a new volume
+    for config in (DataConfig(), DataConfig(val_fraction=0.2)):
+        prepare([str(tmp_path / "a.txt")], small_disk, config, overwrite=True)
+        assert load_data(small_disk).source.endswith("a.txt")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "disk"]
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    assert is_prepared(small_disk)
+    assert len(load_data(small_disk).train.batch(0, seed=1, n=2, T=3)[0]) == 2
+    assert prepare([str(tmp_path / "a.txt")], small_disk, config).unchanged
+
+
+@pytest.mark.parametrize("meta", ["[]", "null", "3", '{"options": null}', "[" * 100_000])
+def test_a_meta_that_is_not_ours(tmp_path, meta):
     (tmp_path / "a.txt").write_text(STORY * 9)
     out = tmp_path / "out"
     prepare([str(tmp_path / "a.txt")], out, DataConfig())
-    before, rename = everything(out), os.replace
+    (out / "meta.json").write_text(meta)
+    with pytest.raises(UserError, match="exists already with other content"):
+        prepare([str(tmp_path / "a.txt")], out, DataConfig())
+    with pytest.raises(UserError, match="prepare the data again"):
+        train(str(out), out=str(tmp_path / "run"))
+    prepare([str(tmp_path / "a.txt")], out, DataConfig(), overwrite=True)
+    assert load_data(out).source.endswith("a.txt")
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    (alone / "meta.json").write_text(meta)
+    with pytest.raises(UserError, match="leaves it alone"):
+        prepare([str(tmp_path / "a.txt")], alone, DataConfig(), overwrite=True)
 
-    def fail(source: Path, target: Path) -> None:
-        if Path(source).name == ".out.partial":
-            raise PermissionError(13, "not now")
-        rename(source, target)
 
-    monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(UserError, match="permission denied"):
-        prepare([str(tmp_path / "a.txt")], out, DataConfig(val_fraction=0.2), overwrite=True)
-    assert everything(out) == before
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "out"]
+@pytest.mark.parametrize("damage", [("report", None), ("report", {"a": 1}), ("train", None)])
+def test_damaged_data_are_not_taken_for_finished(tmp_path, damage):
+    (tmp_path / "a.txt").write_text(STORY * 9)
+    out = tmp_path / "out"
+    prepare([str(tmp_path / "a.txt")], out, DataConfig())
+    meta = json.loads((out / "meta.json").read_bytes())
+    (out / "meta.json").write_text(json.dumps(meta | dict([damage])))
+    with pytest.raises(UserError, match="exists already with other content"):
+        prepare([str(tmp_path / "a.txt")], out, DataConfig())
+    assert not prepare([str(tmp_path / "a.txt")], out, DataConfig(), overwrite=True).unchanged
+
+
+def test_a_busy_place_is_explained():
+    with (
+        pytest.raises(UserError, match="cannot write out: it is in use"),
+        explain_os_errors("write out"),
+    ):
+        raise OSError(errno.EBUSY, "busy")
 
 
 def test_one_writer_at_a_time(tmp_path):
@@ -387,19 +520,22 @@ def test_what_is_no_text_is_refused_and_leaves_nothing(tmp_path):
         assert sorted(path.name for path in tmp_path.iterdir()) == ["blank.txt", "cut.txt.gz"]
 
 
-def test_ctrl_c_leaves_nothing(tmp_path):
+@pytest.mark.parametrize(
+    ("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)]
+)
+def test_a_signal_leaves_nothing(tmp_path, signum, status):
     source = tmp_path / "big.txt"
     source.write_text(STORY * 400_000)  # 32 MB: seconds of work
     code = (f"from glassgpt.cli import main; main(['prepare', {str(source)!r}, '--out', "
             f"{str(tmp_path / 'out')!r}, '--tokenizer', 'bpe:400'])")  # fmt: skip
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE)
     deadline = time.monotonic() + 60
-    while not list(tmp_path.glob(".out.partial/train-*")) and time.monotonic() < deadline:
+    while not list(tmp_path.glob("out/.preparing/train-*")) and time.monotonic() < deadline:
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(signum)
     _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130, stderr
+    assert process.returncode == status, stderr
     assert b"Traceback" not in stderr
     assert [path.name for path in tmp_path.iterdir()] == ["big.txt"]
 

@@ -27,8 +27,10 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
+from glassgpt.config import DataConfig
 from glassgpt.data import texts
 from glassgpt.data.archives import BLOCK
+from glassgpt.data.prepare import prepare
 from glassgpt.data.sources import Source, fingerprint, read_pieces, resolve, total_bytes
 from glassgpt.data.texts import SEPARATOR, Piece, cut_document, cut_point, split_documents
 from glassgpt.errors import UserError
@@ -386,6 +388,43 @@ def test_globs(tmp_path, monkeypatch):
     assert "*.pdf: there is nothing to read" in error_of("*.pdf")
     write(tmp_path / "odd[1].txt", "a name is a name")
     assert read("odd[1].txt") == ["a name is a name"]
+
+
+META = '{"options": {}}'
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"meta.json": META, "train-00000.bin": "\0"}, "train on it alone: glassgpt train 'a b'"),
+        ({"train.bin": "\0", "val.bin": "\0"}, "train on it alone"),
+        ({"train.bin": "\0", "meta.pkl": "\0"}, "train on it alone"),
+        ({"tokenizer.json": "{}", "val-00000.bin": "\0"}, "prepare the data again"),
+        ({".preparing/meta.json": META, "tokenizer.json": "{}"}, "prepare the data again"),
+    ],
+)
+def test_prepared_data_are_not_text(tmp_path, monkeypatch, files, message):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "c.txt", "C")
+    for name, data in files.items():
+        write(tmp_path / "a b" / name, data)
+    for names in (["c.txt", "a b"], ["a b"], ["a*"]):
+        assert message in error_of(*names)
+    with pytest.raises(UserError, match=message):
+        prepare(["c.txt"], "out", DataConfig(val="a b"))
+
+
+def test_prepared_data_in_a_folder_of_text_are_passed_over(tmp_path):
+    write(tmp_path / "a.txt", "A")
+    for name in ("meta.json", "train-00000.bin", "tokenizer.json"):
+        write(tmp_path / "prepared" / name, META)
+    assert read(tmp_path) == ["A"]
+
+
+def test_a_meta_json_does_not_make_text_prepared(tmp_path):
+    write(tmp_path / "meta.json", META)
+    write(tmp_path / "train.bin", "T")
+    assert read(tmp_path) == [META, "T"]
 
 
 def test_what_is_listed_twice_comes_once_in_its_first_place(tmp_path, monkeypatch):

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from glassgpt.convert.nanogpt import read_meta
+from glassgpt.data.folder import is_prepared as is_prepared  # whoever loads data asks that first
 from glassgpt.errors import UserError, explain_os_errors, first_of
 from glassgpt.tokenizer import Tokenizer, fingerprint, load_tokenizer
 
@@ -27,7 +28,8 @@ IGNORE = -100  # a target that carries no loss
 class TokenFiles:
     """One split: a row of token files, memory-mapped, seen as one long sequence."""
 
-    def __init__(self, paths: Sequence[Path], dtype: str) -> None:
+    def __init__(self, paths: Sequence[Path], dtype: str, vocab_size: int) -> None:
+        self.paths, self.vocab_size = paths, vocab_size
         self.shards = [_map(path, dtype) for path in paths]
         self.ends = np.cumsum([len(shard) for shard in self.shards])
 
@@ -60,7 +62,15 @@ class TokenFiles:
             windows = self.shards[0][starts[:, None] + np.arange(T + 1)].astype(np.int64)
         else:
             windows = np.stack([self.read(start, start + T + 1) for start in starts])
+        self._check(windows)
         return windows[:, :-1], windows[:, 1:]
+
+    def _check(self, tokens: np.ndarray) -> None:
+        """What is used is looked at, whenever it is: to look at all in advance takes too long."""
+        if (largest := tokens.max(initial=0)) >= self.vocab_size:
+            raise UserError(f"{self.paths[0].parent} is damaged: token {largest} outside the "
+                            f"vocabulary of {self.vocab_size}; delete it and prepare the data "
+                            "again")  # fmt: skip
 
     def windows(
         self, *, n: int, T: int, limit: int | None = None, rank: int = 0, world: int = 1
@@ -80,6 +90,7 @@ class TokenFiles:
                 yield self._windows_at(chosen * T, T)
                 continue
             flat = self.read(first * T, min(len(self), (first + rows) * T + 1))
+            self._check(flat)
             tokens, targets = np.zeros(rows * T, np.int64), np.full(rows * T, IGNORE)
             tokens[: len(flat) - 1], targets[: len(flat) - 1] = flat[:-1], flat[1:]
             yield tokens.reshape(rows, T), targets.reshape(rows, T)
@@ -120,16 +131,17 @@ def load_data(path: str | Path) -> Dataset:
     raise UserError(f"{path} holds no prepared data (no meta.json); see glassgpt prepare --help")
 
 
-def is_prepared(path: str | Path) -> bool:
-    return any((Path(path) / name).is_file() for name in ("meta.json", "train.bin"))
-
-
 def _load_ours(path: Path) -> Dataset:
     with explain_os_errors(f"read {path}"):
         try:
             meta = json.loads((path / "meta.json").read_bytes())
+            dtype, tokenizer = meta["dtype"], load_tokenizer(path)
+            if dtype not in ("<u2", "<u4"):
+                raise ValueError(f"dtype {dtype!r}")
             splits = {
-                name: TokenFiles([path / file for file in meta[name]["files"]], meta["dtype"])
+                name: TokenFiles(
+                    [path / file for file in meta[name]["files"]], dtype, tokenizer.vocab_size
+                )
                 for name in ("train", "val")
             }
             for name, split in splits.items():
@@ -138,9 +150,9 @@ def _load_ours(path: Path) -> Dataset:
                         f"{path}: {name} holds {len(split)} tokens instead of "
                         f"{meta[name]['tokens']}; prepare the data again"
                     )
-            tokenizer, name = load_tokenizer(path), meta["fingerprint"]
+            name = meta["fingerprint"]
             source = first_of([source["name"] for source in meta["sources"]])
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, LookupError, TypeError, RecursionError) as error:
             if isinstance(error, UserError):
                 raise
             raise UserError(f"{path / 'meta.json'} is damaged: {error!r}") from error
@@ -162,16 +174,17 @@ def _map(path: Path, dtype: str) -> np.ndarray:
 
 
 def _load_nanogpt(path: Path) -> Dataset:
-    train, val = (TokenFiles([path / f"{name}.bin"], "<u2") for name in ("train", "val"))
     if (path / "meta.pkl").exists():
         tokenizer: Tokenizer = read_meta(path / "meta.pkl")
     else:  # nanoGPT's own rule: no meta.pkl means GPT-2's BPE
         from glassgpt.data.vocabulary import build_tokenizer
 
         tokenizer = build_tokenizer("gpt2", lambda: iter(()))
+    size = tokenizer.vocab_size
+    train, val = (TokenFiles([path / f"{name}.bin"], "<u2", size) for name in ("train", "val"))
     for split in (train, val):
         # A look at the start is enough to notice the wrong vocabulary, and OpenWebText has 17 GB.
-        if split.read(0, 1 << 20).max(initial=0) >= tokenizer.vocab_size:
+        if split.read(0, 1 << 20).max(initial=0) >= size:
             raise UserError(f"{path}: tokens outside the vocabulary; another tokenizer made them")
     digest = hashlib.sha256(f"{len(train)} {len(val)}".encode())
     for split in (train, val):

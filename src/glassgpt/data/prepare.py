@@ -3,7 +3,7 @@
     report = prepare(["book.txt"], "data/book", DataConfig(tokenizer="char"))
 
 One thread reads, all cores encode (the encoders release the GIL), results are written in order:
-memory holds a few pieces, however large the input. The folder gets its name when it is complete.
+memory holds a few pieces, however large the input. The folder counts only when it is complete.
 This room knows nothing of models or training.
 """
 
@@ -25,15 +25,15 @@ import numpy as np
 
 from glassgpt.config import DataConfig
 from glassgpt.data import sources
-from glassgpt.data.batches import is_prepared
-from glassgpt.data.folder import TokenWriter, new_folder
+from glassgpt.data.batches import load_data
+from glassgpt.data.folder import TokenWriter, new_folder, read_meta
 from glassgpt.data.overlap import OverlapSample
 from glassgpt.data.vocabulary import build_tokenizer, tokenizer_path
 from glassgpt.errors import UserError, explain_os_errors, first_of
 from glassgpt.system import usable_cores, write_file
 from glassgpt.tokenizer import Tokenizer, fingerprint, to_files
 
-FORMAT = 2  # goes up when the same text and options give other tokens
+FORMAT = 3  # goes up when the same text and options give other tokens
 _PIECE_CHARS = 1 << 16  # of a long document; tiktoken is fastest on pieces that fit the cache
 _JOB_CHARS = 1 << 19  # what a worker takes at a time
 _MANY = 1000  # documents after which counting stops and the split needs no total
@@ -99,12 +99,12 @@ def prepare(
         raise UserError(f"workers={workers} must lie between 1 and {_MAX_WORKERS}")
     tell = progress or (lambda what, done, total: None)
     inputs = sources.resolve(names, progress=tell)
-    val_inputs = sources.resolve([config.val], progress=tell) if config.val else []
+    val_inputs = sources.resolve([config.val], progress=tell) if config.val is not None else []
     stamps = [sources.fingerprint(source) for source in (*inputs, *val_inputs)]
     key = data_key(stamps, config)
     out = Path(out)
-    if is_prepared(out) and _stored_key(out) == key:
-        return _stored_report(out)
+    if (stored := _stored_report(out, key)) is not None:
+        return stored
     files = [source.file for source in (*inputs, *val_inputs) if isinstance(source.file, Path)]
     with new_folder(out, inputs=files, overwrite=overwrite) as folder:
         run = _Preparation(inputs, val_inputs, folder, config, workers, tell)
@@ -116,7 +116,7 @@ def prepare(
 
 def data_key(stamps: list[dict[str, Any]], config: DataConfig) -> str:
     """Identifies the result: the content of the sources and everything that shapes the tokens."""
-    content = [[stamp["sha256"], Path(stamp["name"]).suffix] for stamp in stamps]
+    content = [[stamp["sha256"], sources.kind_by_name(stamp["name"])] for stamp in stamps]
     path = tokenizer_path(config.tokenizer)
     if path is not None:  # its content counts, not its name
         with explain_os_errors(f"read the tokenizer {path}"):
@@ -125,16 +125,16 @@ def data_key(stamps: list[dict[str, Any]], config: DataConfig) -> str:
     return hashlib.sha256(described.encode()).hexdigest()[:16]
 
 
-def _stored_key(out: Path) -> str | None:
-    try:
-        return json.loads((out / "meta.json").read_bytes()).get("fingerprint")
-    except (OSError, ValueError):
+def _stored_report(out: Path, key: str) -> Report | None:
+    """Of a folder that holds what `key` stands for, and holds it undamaged."""
+    meta = read_meta(out)
+    if meta is None or meta.get("fingerprint") != key:
         return None
-
-
-def _stored_report(out: Path) -> Report:
-    stored = json.loads((out / "meta.json").read_bytes())["report"]
-    return Report(**stored | {"unchanged": True})
+    try:
+        load_data(out)
+        return Report(**meta["report"] | {"unchanged": True})
+    except (UserError, KeyError, TypeError):
+        return None
 
 
 @dataclass
@@ -244,8 +244,8 @@ class _Preparation:
                 return _Split({min(range(_MANY), key=_spread)}, fraction)
         if characters == 0:
             raise UserError(f"{self._named()}: there is no text in it")
-        n_val = int(documents * fraction)
-        if n_val:
+        if documents * fraction >= 1:
+            n_val = min(round(documents * fraction), documents - 1)
             return _Split(set(sorted(range(documents), key=_spread)[:n_val]))
         return _Split(val_from_char=int(characters * (1 - fraction)))
 

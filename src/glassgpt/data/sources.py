@@ -15,6 +15,7 @@ import glob
 import io
 import os
 import re
+import shlex
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -31,6 +32,7 @@ from glassgpt.data.archives import (
 )
 from glassgpt.data.corpora import CORPORA, RemoteFile, fetch
 from glassgpt.data.download import RangeFile
+from glassgpt.data.folder import has_tokens, is_prepared
 from glassgpt.data.texts import TABLES, Piece, cut_document, decode, split_documents
 from glassgpt.errors import UserError, explain_os_errors, nearest
 from glassgpt.system import sha256_of
@@ -61,9 +63,9 @@ class Source:
 def resolve(names: Sequence[str], *, progress: Progress | None = None) -> list[Source]:
     """The files behind `names`: files, folders, globs (also `**`) and names of corpora, in order.
 
-    Folders are searched to the bottom, sorted, without hidden files. What is listed twice comes
-    once. A corpus is fetched if need be, with `progress(name, bytes_done, bytes_total)`. Raises
-    UserError for a name that leads to nothing.
+    Folders are searched to the bottom, sorted, without hidden files and prepared data. What is
+    listed twice comes once. A corpus is fetched if need be, with `progress(name, bytes_done,
+    bytes_total)`. Raises UserError for a name that leads to nothing, or to prepared data.
     """
     assert not isinstance(names, str), "a list of names, not one name"
     found: dict[str, Source] = {}
@@ -112,14 +114,26 @@ def _in_folder(name: str) -> list[Source]:
         raise error  # os.walk would leave out a folder it may not read, without a word
 
     folder, paths = os.path.expanduser(name), []
+    _refuse_prepared(name, folder)
     for parent, folders, files in os.walk(folder, onerror=refuse):
-        folders[:] = [entry for entry in folders if not is_hidden(entry)]
+        shown = [entry for entry in folders if not is_hidden(entry)]
+        folders[:] = [entry for entry in shown if not is_prepared(os.path.join(parent, entry))]
         paths += [os.path.join(parent, entry) for entry in files if not is_hidden(entry)]
     return [
         Source(os.path.join(name, os.path.relpath(path, folder)), Path(path), named=False)
         for path in sorted(paths)
         if os.path.isfile(path)  # not a pipe, nor a link to nothing
     ]
+
+
+def _refuse_prepared(name: str, folder: str) -> None:
+    """Its meta.json and tokenizer.json would pass for text."""
+    if is_prepared(folder):
+        raise UserError(f"{name} is prepared data already, not text; train on it alone: "
+                        f"glassgpt train {shlex.quote(name)}")  # fmt: skip
+    if has_tokens(folder):
+        raise UserError(f"{name} is prepared data without a sound meta.json, so incomplete or "
+                        "damaged; prepare the data again")  # fmt: skip
 
 
 def _matching(pattern: str) -> list[Source]:
@@ -269,7 +283,7 @@ def _pieces_of_kind(
     head = stream.peek(512)[:512]
     if not head:
         raise NotTextError(name, "empty")
-    kind = kind_of(head) or _kind_by_name(name)
+    kind = kind_of(head) or kind_by_name(name)
     if kind in COMPRESSIONS:
         inner = decompress(kind, stream, name)
         yield from _pieces(inner, name, how, strict=strict, depth=depth + 1)
@@ -292,6 +306,8 @@ _SUFFIXES = {
 }
 
 
-def _kind_by_name(name: str) -> str:
+def kind_by_name(name: str) -> str:
+    """What a file of that name holds, unless its first bytes say otherwise; `.gz` and the like
+    don't count."""
     bare = re.sub(r"(\.(gz|xz|bz2|zstd?))+$", "", name.lower())
     return _SUFFIXES.get(os.path.splitext(bare)[1], "text")

@@ -49,7 +49,7 @@ def build_tokenizer(name: str, texts: Callable[[], Iterator[str]]) -> Tokenizer:
     if name == "gpt2":
         return gpt2_tokenizer(*_find_gpt2())
     if name.startswith("bpe:"):
-        if not name[4:].isdecimal():
+        if not name[4:].isdecimal() or len(name) > 100:  # int() refuses thousands of digits
             raise UserError(f"tokenizer {name!r}: write the number of tokens, like bpe:1024")
         return train_bpe(_first_chars(texts(), _BPE_SAMPLE_CHARS), int(name[4:]))
     path = tokenizer_path(name)
@@ -63,8 +63,8 @@ def build_tokenizer(name: str, texts: Callable[[], Iterator[str]]) -> Tokenizer:
 
 def tokenizer_path(name: str) -> Path | None:
     """The file of a tokenizer that is named by its path; a built-in name wins over such a file."""
-    path = Path(name)
-    if name in _BUILT_IN or name.startswith("bpe:") or not path.exists():
+    path = Path(name)  # for "" it would be the current folder
+    if not name or name in _BUILT_IN or name.startswith("bpe:") or not path.exists():
         return None
     return path / "tokenizer.json" if path.is_dir() else path
 
