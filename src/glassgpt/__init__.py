@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from glassgpt.errors import UserError as UserError
 from glassgpt.version import __version__ as __version__
 
 if TYPE_CHECKING:

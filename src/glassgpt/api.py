@@ -42,10 +42,18 @@ class LoadedModel:
     def model(self) -> GPT:
         """The torch module, in evaluation mode: `m.model(tokens)` gives logits (B, T, V)."""
         from glassgpt.model import GPT
-        from glassgpt.runtime import choose_device
+        from glassgpt.runtime import choose_device, is_out_of_memory
 
-        model = GPT.from_weights(self.config, self.checkpoint.weights)
-        return model.to(choose_device(self.device))
+        try:
+            model = GPT.from_weights(self.config, self.checkpoint.weights)
+            return model.to(choose_device(self.device))
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise UserError(
+                f"the model ({self.config.n_parameters:,} parameters, context "
+                f"{self.config.context_length:,}) does not fit in memory"
+            ) from error
 
     @cached_property
     def engine(self):

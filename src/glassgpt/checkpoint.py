@@ -26,7 +26,7 @@ from glassgpt.convert.huggingface import config_from_json, from_huggingface, to_
 from glassgpt.errors import UserError, explain_os_errors
 from glassgpt.system import write_file
 from glassgpt.tensors import SafeTensors, write_tensors
-from glassgpt.tokenizer import Tokenizer, load_tokenizer, to_files
+from glassgpt.tokenizer import Tokenizer, begin_of_text, load_tokenizer, to_files
 from glassgpt.version import __version__
 
 SCHEMA_VERSION = 1
@@ -59,7 +59,7 @@ def read_json(path: Path) -> Any:
         if not isinstance(value, dict):
             raise ValueError("it holds no object")
         return value
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged: {error}; restore it or train again") from error
 
 
@@ -72,11 +72,12 @@ def save_model(folder: str | Path, checkpoint: Checkpoint) -> None:
     with explain_os_errors(f"write {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
     config, end = checkpoint.config, checkpoint.tokenizer.end_of_text
-    config_json, tensors = to_huggingface(config, checkpoint.weights, end_of_text=end)
+    begin = begin_of_text(checkpoint.tokenizer)
+    config_json, tensors = to_huggingface(config, checkpoint.weights, begin=begin, end=end)
     for name, content in to_files(checkpoint.tokenizer, config.context_length).items():
         write_file(folder / name, content)
     write_json(folder / "config.json", config_json)
-    generation = {"bos_token_id": end, "eos_token_id": end, "do_sample": True}
+    generation = {"bos_token_id": begin, "eos_token_id": end, "do_sample": True}
     write_json(folder / "generation_config.json", generation)
     write_tensors(folder / "model.safetensors", tensors)
     about = {
@@ -96,7 +97,7 @@ def load_model(path: str | Path) -> Checkpoint:
     folder = find_model(path)
     config_json = read_json(folder / "config.json")
     info = read_json(folder / "glassgpt.json") if (folder / "glassgpt.json").exists() else {}
-    if info.get("schema_version", SCHEMA_VERSION) > SCHEMA_VERSION:
+    if info.get("schema_version", SCHEMA_VERSION) not in range(SCHEMA_VERSION + 1):
         raise UserError(f"{folder} was written by a newer GlassGPT; update this one")
     config = config_from_json(config_json, str(folder / "config.json"))
     if "model" in info:  # says what config.json can't: dropout, and biases that are absent
@@ -140,9 +141,10 @@ def _weight_files(folder: Path) -> list[Path]:
     if single.exists():
         return [single]
     names = read_json(index).get("weight_map")
-    if not isinstance(names, dict) or not names:
+    shards = list(names.values()) if isinstance(names, dict) else []
+    if not shards or not all(isinstance(name, str) for name in shards):
         raise UserError(f"{index} is damaged: it has no weight_map")
-    files = [folder / Path(str(name)).name for name in sorted(set(names.values()))]
+    files = [folder / Path(name).name for name in sorted(set(shards))]
     for file in files:
         if not file.exists():
             raise UserError(f"{file} is missing, though {index.name} names it; fetch it again")

@@ -132,11 +132,12 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if isinstance(self.rope_scaling, dict):  # from JSON
             object.__setattr__(self, "rope_scaling", RopeScaling(**self.rope_scaling))
-        for name in ("vocab_size", "context_length", "n_head", "n_kv_head", "n_embd", "head_dim"):
-            if getattr(self, name) < 1:
+        for name in ("vocab_size", "context_length", "n_head", "n_kv_head", "n_embd", "head_dim",
+                     "n_layer", "n_hidden"):  # fmt: skip
+            if type(getattr(self, name)) is not int:
+                raise UserError(f"{name}={getattr(self, name)!r} must be a whole number")
+            if getattr(self, name) < (name != "n_layer"):
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.n_layer < 0 or self.n_hidden < 1:
-            raise UserError(f"n_layer={self.n_layer}, n_hidden={self.n_hidden}: too small")
         for name in ("rope_theta", "norm_eps"):
             if not 0 < getattr(self, name) < math.inf:
                 raise UserError(f"{name}={getattr(self, name)} must be greater than 0")

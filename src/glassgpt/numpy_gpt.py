@@ -11,6 +11,7 @@ C n_embd, H heads, K key/value heads, D head_dim, F n_hidden, V vocab_size.
 from __future__ import annotations
 
 import math
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 
@@ -49,12 +50,15 @@ def generate(
     n_tokens: int,
     *,
     use_cache: bool = True,
+    vocab_size: int | None = None,
 ) -> list[int]:
     """The `n_tokens` ids that follow those of the prompt, the likeliest one each time.
 
+    Models may have more ids than their tokenizer; only those below `vocab_size` are chosen.
+
     Raises `UserError` for an empty prompt, and when the context can't hold prompt and answer.
     """
-    if not prompt or len(prompt) + n_tokens > config.context_length:
+    if not prompt or n_tokens < 0 or len(prompt) + n_tokens > config.context_length:
         raise UserError(
             f"{len(prompt)} tokens of prompt and {n_tokens} new ones: the model's context holds "
             f"1 to {config.context_length}; change the prompt or ask for fewer"
@@ -65,7 +69,7 @@ def generate(
             cache = Cache()  # it has seen nothing: the whole text is read again
         new = np.array(tokens[cache.length :])
         logits = forward(new, weights, config, cache, positions=slice(-1, None))  # [1, V]
-        tokens.append(int(logits.argmax()))
+        tokens.append(int(logits[0, :vocab_size].argmax()))
     return tokens[len(prompt) :]
 
 
@@ -201,9 +205,11 @@ def main(prompt: str, *, n_tokens: int = 40, model: str = "gpt2", cache: bool = 
 
     checkpoint = load_pretrained(model)
     weights = {name: np.asarray(w, dtype=np.float32) for name, w in checkpoint.weights.items()}
-    ids = checkpoint.tokenizer.encode(prompt, special=True)
-    new = generate(ids, weights, checkpoint.config, n_tokens, use_cache=cache)
-    print(prompt + checkpoint.tokenizer.decode(new))
+    tokenizer = checkpoint.tokenizer
+    ids = tokenizer.encode(prompt, special=True)
+    new = generate(ids, weights, checkpoint.config, n_tokens, use_cache=cache,
+                   vocab_size=tokenizer.vocab_size)  # fmt: skip
+    print(prompt + tokenizer.decode(new))
 
 
 if __name__ == "__main__":
@@ -211,6 +217,7 @@ if __name__ == "__main__":
 
     app = App(version_flags=())
     app.default(main)
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `... | head` ends it without a word
     try:
         app()
     except UserError as error:

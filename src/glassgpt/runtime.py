@@ -172,7 +172,8 @@ class StopRequest:
         self._before = {}
         try:
             for signum in (signal.SIGINT, signal.SIGTERM):
-                self._before[signum] = signal.signal(signum, self._handle)
+                if signal.getsignal(signum) != signal.SIG_IGN:  # of a shell's background job
+                    self._before[signum] = signal.signal(signum, self._handle)
         except ValueError:
             pass
         try:

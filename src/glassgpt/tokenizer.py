@@ -43,7 +43,8 @@ class Tokenizer(Protocol):
     @property
     def unknown_token(self) -> str | None: ...  # what characters without an id are read as
     def encode(self, text: str, *, special: bool = False) -> list[int]: ...
-    def encode_array(self, text: str) -> np.ndarray: ...  # (n,) uint32; releases the GIL
+    # (n,) uint32; releases the GIL. `continues`: the text goes on within a document.
+    def encode_array(self, text: str, *, continues: bool = False) -> np.ndarray: ...
     def decode(self, tokens: Iterable[int]) -> str: ...
     def token_bytes(self, token: int) -> bytes: ...
     def unknown(self, text: str) -> list[str]: ...  # characters it has no id for
@@ -120,7 +121,7 @@ class CharTokenizer(_Spec):
             raise UserError(f"tokenizer.json is damaged: its ids are not 0, 1, 2, ... or without "
                             f"that of its unk_token {unknown!r}")  # fmt: skip
 
-    def encode_array(self, text: str) -> np.ndarray:
+    def encode_array(self, text: str, *, continues: bool = False) -> np.ndarray:
         points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
         return self._table[points]
 
@@ -188,7 +189,7 @@ class BPETokenizer(_Spec):
             "glassgpt", pat_str=self._pattern, mergeable_ranks=ranks, special_tokens=self._special
         )
 
-    def encode_array(self, text: str) -> np.ndarray:
+    def encode_array(self, text: str, *, continues: bool = False) -> np.ndarray:
         text = self._normalize(text)
         if self.kind == "byte":
             return np.frombuffer(text.encode(), dtype=np.uint8).astype(np.uint32)
@@ -203,7 +204,7 @@ class BPETokenizer(_Spec):
         that expect a token before every text (Llama) get it."""
         if not special:
             return self.encode_array(text).tolist()
-        before = _tokens_before(self.spec)
+        before = tokens_before(self.spec)
         try:
             return before + self._encoding.encode(self._normalize(text), allowed_special="all")
         except ValueError:  # as above
@@ -211,8 +212,7 @@ class BPETokenizer(_Spec):
 
     def _normalize(self, text: str) -> str:
         text = unicodedata.normalize("NFC", text) if self._nfc else text
-        # Half a surrogate pair (a bad byte on a command line) is no character of any text.
-        return text if text.isascii() else text.encode("utf-8", "replace").decode()
+        return _whole_characters(text)
 
     def unknown(self, text: str) -> list[str]:
         return []  # any text is bytes
@@ -231,10 +231,14 @@ class LibraryTokenizer(_Spec):
         from tokenizers import Tokenizer as Library
 
         try:
-            self._text, self._prompt = (Library.from_str(json.dumps(spec)) for _ in range(2))
+            rest = _without_prepend(spec)
+            self._text, self._prompt, self._rest = (
+                Library.from_str(json.dumps(kind)) for kind in (spec, spec, rest)
+            )
         except Exception as error:  # the library raises nothing more special
             raise UserError(f"tokenizer.json is damaged: {error}") from error
-        self._text.encode_special_tokens = True  # in ordinary text they are text
+        for library in (self._text, self._rest):
+            library.encode_special_tokens = True  # in ordinary text they are text
 
     @property
     def end_of_text(self) -> int | None:
@@ -258,17 +262,34 @@ class LibraryTokenizer(_Spec):
         vocab = {i: token for token, i in self._text.get_vocab().items()}
         return [content(vocab[i]) if i in vocab else b"" for i in range(max(vocab) + 1)]
 
-    def encode_array(self, text: str) -> np.ndarray:
-        return np.array(self._text.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
+    def encode_array(self, text: str, *, continues: bool = False) -> np.ndarray:
+        library = self._rest if continues else self._text
+        ids = library.encode(_whole_characters(text), add_special_tokens=False).ids
+        return np.array(ids, dtype=np.uint32)
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
-        return self._prompt.encode(text).ids if special else self.encode_array(text).tolist()
+        if not special:
+            return self.encode_array(text).tolist()
+        return self._prompt.encode(_whole_characters(text)).ids
 
     def decode(self, tokens: Iterable[int]) -> str:
         return self._text.decode([int(token) for token in tokens], skip_special_tokens=False)
 
     def unknown(self, text: str) -> list[str]:
         return []
+
+
+def _whole_characters(text: str) -> str:
+    """Half a surrogate pair (a bad byte on a command line) is no character of any text."""
+    return text if text.isascii() else text.encode("utf-8", "replace").decode()
+
+
+def _without_prepend(spec: dict) -> dict:
+    """For text within a document: SentencePiece puts a space before the first word only."""
+    normalizer = spec.get("normalizer") or {}
+    steps = normalizer.get("normalizers", [normalizer])
+    kept = [step for step in steps if step and step.get("type") != "Prepend"]
+    return spec | {"normalizer": {"type": "Sequence", "normalizers": kept} if kept else None}
 
 
 _ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>")  # of GPT-2 and Qwen, Llama 3, Llama 2
@@ -280,7 +301,7 @@ def _end_of_text(spec: dict) -> int | None:
     return next((special[name] for name in _ENDS if name in special), None)
 
 
-def _tokens_before(spec: dict) -> list[int]:
+def tokens_before(spec: dict) -> list[int]:
     """The ids that the tokenizer puts before every text."""
     processor = spec.get("post_processor") or {}
     before = []
@@ -303,8 +324,13 @@ def byte_tokenizer() -> BPETokenizer:
 
 def gpt2_tokenizer(encoder_json: bytes, vocab_bpe: bytes) -> BPETokenizer:
     """OpenAI's 50,257 tokens, from the two files of the GPT-2 release."""
-    vocab = json.loads(encoder_json)
-    vocab.pop(END_OF_TEXT)
+    try:
+        vocab = json.loads(encoder_json)
+        if vocab.pop(END_OF_TEXT) != len(vocab):
+            raise KeyError(END_OF_TEXT)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError("the vocabulary is not GPT-2's; with another one a tokenizer.json is "
+                        "needed") from error  # fmt: skip
     lines = vocab_bpe.decode("utf-8").split("\n")[1:]  # the first line is a version
     return _byte_level(vocab, [line.split(" ") for line in lines if line], use_regex=True)
 
@@ -427,7 +453,13 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     older = path / "vocab.json", path / "merges.txt"
     if not (path / "tokenizer.json").exists() and all(file.exists() for file in older):
         with explain_os_errors(f"read the tokenizer {path}"):
-            return gpt2_tokenizer(*(file.read_bytes() for file in older))
+            vocab, merges = (file.read_bytes() for file in older)
+        try:
+            tokenizer = gpt2_tokenizer(vocab, merges)
+            tokenizer.check()
+            return tokenizer
+        except (ValueError, KeyError) as error:
+            raise UserError(f"{older[0]}: {error}") from error
     path = path / "tokenizer.json" if path.is_dir() else path
     with explain_os_errors(f"read the tokenizer {path}"):
         raw = path.read_bytes()
@@ -447,8 +479,9 @@ def to_files(tokenizer: Tokenizer, context_length: int | None = None) -> dict[st
     if context_length is not None:
         config["model_max_length"] = context_length
     if tokenizer.end_of_text is not None:
-        end = tokenizer.token_bytes(tokenizer.end_of_text).decode()
-        config |= {"bos_token": end, "eos_token": end}
+        config["eos_token"] = tokenizer.token_bytes(tokenizer.end_of_text).decode()
+    if (begin := begin_of_text(tokenizer)) is not None:
+        config["bos_token"] = tokenizer.token_bytes(begin).decode()
     return {
         "tokenizer.json": json.dumps(tokenizer.spec, ensure_ascii=False, indent=1).encode("utf-8"),
         "tokenizer_config.json": (json.dumps(config, indent=2) + "\n").encode("utf-8"),
@@ -460,6 +493,11 @@ def unknown_note(tokenizer: Tokenizer, text: str) -> str | None:
     unknown, read_as = tokenizer.unknown(text), tokenizer.unknown_token
     shown = " ".join(repr(char) for char in unknown[:10])
     return f"not in the training text, read as {read_as!r}: {shown}" if unknown else None
+
+
+def begin_of_text(tokenizer: Tokenizer) -> int | None:
+    """The id that stands before every text; where there is none (GPT-2), the one between texts."""
+    return next(iter(tokens_before(tokenizer.spec)), tokenizer.end_of_text)
 
 
 def fingerprint(tokenizer: Tokenizer) -> str:

@@ -84,6 +84,8 @@ def train(
                 held.enter_context(exclusive(run, run / ".lock"))
             saved = ckpt.load_training(resume)
             given = saved[2]["options"] | given | {"out": os.fspath(resume)}
+            if given.get("init_from"):  # the base's tokenizer, which the cache may have lost
+                given["tokenizer"] = tokenizer_file(saved[0].tokenizer)
             if not names and is_prepared(saved[2]["data_path"]):
                 names, asked = [saved[2]["data_path"]], set()
         elif init_from is not None:
@@ -198,6 +200,8 @@ def _options_for(
                         "decide; leave it out")  # fmt: skip
     gentle = {"learning_rate": TrainConfig().learning_rate / 10}  # not to forget what it knows
     kept = {key: value for key, value in given.items() if key not in own}
+    if kept.get("context_length", 0) > base.config.context_length and "context_length" not in asked:
+        del kept["context_length"]  # a preset's wish
     return gentle | kept | {"tokenizer": tokenizer_file(base.tokenizer), "init_from": name}
 
 

@@ -19,8 +19,11 @@ import numpy as np
 import pytest
 
 from conftest import tiny_config, tiny_model, weights_of
+from glassgpt import numpy_gpt
 from glassgpt.checkpoint import Checkpoint, save_model
 from glassgpt.convert.huggingface import to_huggingface
+from glassgpt.errors import UserError
+from glassgpt.pretrained import load_pretrained
 from glassgpt.tensors import SafeTensors, write_tensors
 from glassgpt.tokenizer import CharTokenizer
 
@@ -304,6 +307,99 @@ def smaller_vocabulary(folder: Path) -> None:
     values, tensors = to_huggingface(config, weights_of(tiny_model(config)))
     (folder / "config.json").write_text(json.dumps(values))
     write_tensors(folder / "model.safetensors", tensors)
+
+
+@pytest.mark.parametrize("change", [
+    {"n_layer": 10**9}, {"n_layer": 1.5}, {"n_head": True}, {"n_head": 0}, {"n_positions": "x"},
+    {"quantization_config": {"bits": 4}}, {"vocab_size": None}, {"n_embd": -3},
+], ids=str)  # fmt: skip
+def test_settings_that_make_no_sense(tmp_path, change):
+    folder = save_tiny(tmp_path / "tiny", "gpt2")
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(UserError):
+        load_pretrained(folder)
+
+
+@pytest.mark.parametrize("change", [
+    {"rope_parameters": "x"}, {"rope_parameters": [1]}, {"rope_parameters": {"rope_theta": "x"}},
+    {"rope_parameters": {"rope_type": "linear", "factor": "x"}},
+    {"rope_parameters": {"rope_type": "linear", "factor": 0}},
+    {"rope_parameters": {"rope_type": "yarn", "factor": 2}},
+    {"max_position_embeddings": 1.5}, {"num_attention_heads": 0}, {"attention_bias": True},
+], ids=str)  # fmt: skip
+def test_modern_settings_that_make_no_sense(tmp_path, change):
+    folder = save_tiny(tmp_path / "tiny")
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(UserError):
+        load_pretrained(folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
+@pytest.mark.parametrize("content", ["[" * 200_000, "{}", '{"weight_map": {"a": null, "b": "x"}}',
+                                     '{"weight_map": {"a": ["x"]}}', "null", "3"])  # fmt: skip
+def test_json_that_is_something_else(tmp_path, name, content):
+    folder = save_tiny(tmp_path / "tiny")
+    if name.endswith("index.json"):
+        (folder / "model.safetensors").unlink()
+    (folder / name).write_text(content)
+    with pytest.raises(UserError):
+        load_pretrained(folder)
+
+
+def test_a_tied_head_that_differs_is_refused(tmp_path):
+    folder = save_tiny(tmp_path / "tiny")
+    path = folder / "model.safetensors"
+    tensors = {name: np.array(tensor) for name, tensor in SafeTensors([path]).items()}
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
+    write_tensors(path, tensors)
+    load_pretrained(folder)  # a copy does no harm
+    tensors["lm_head.weight"][3, 2] += 1
+    write_tensors(path, tensors)
+    with pytest.raises(UserError, match="lm_head.weight is not model.embed_tokens.weight"):
+        load_pretrained(folder)
+
+
+def test_only_gpt2s_own_vocabulary_comes_without_a_tokenizer_json(tmp_path):
+    folder = save_tiny(tmp_path / "tiny", "gpt2", vocab_size=261)
+    (folder / "tokenizer.json").unlink()
+    shutil.copy(FIXTURE / "encoder.json", folder / "vocab.json")
+    shutil.copy(FIXTURE / "vocab.bpe", folder / "merges.txt")
+    assert load_pretrained(folder).tokenizer.end_of_text == 260
+    vocab = json.loads((folder / "vocab.json").read_text())
+    first = next(token for token, i in vocab.items() if i == 0)
+    swapped = vocab | {first: 260, "<|endoftext|>": 0}  # as SmolLM2 has it
+    for wrong in (swapped, {k: v for k, v in vocab.items() if k != "<|endoftext|>"}, [], {}):
+        (folder / "vocab.json").write_text(json.dumps(wrong))
+        with pytest.raises(UserError, match="tokenizer.json"):
+            load_pretrained(folder)
+
+
+def test_ids_beyond_the_tokenizer_are_never_chosen_by_numpy(tmp_path):
+    """Published vocabularies are padded, and the padding's logits can be the largest."""
+    config = tiny_config(vocab_size=60, tie_embeddings=False)
+    weights = weights_of(tiny_model(config))
+    weights["head.weight"][40:] *= 50
+    ids = numpy_gpt.generate([1, 2], weights, config, 8, vocab_size=37)
+    assert max(ids) < 37
+    assert max(numpy_gpt.generate([1, 2], weights, config, 8)) >= 37
+    with pytest.raises(UserError):
+        numpy_gpt.generate([1], weights, config, -3)
+
+
+def test_a_resumed_run_has_its_bases_tokenizer_without_the_cache(tmp_path):
+    base = save_tiny(tmp_path / "base")
+    text = tmp_path / "text.txt"
+    text.write_text("the cat sat on the mat. " * 60)
+    cache = {"GLASSGPT_CACHE": str(tmp_path / "cache")}
+    small = ["--batch-tokens", 26, "--sample-tokens", 0, "--threads", 1]
+    done = glassgpt("train", text, "--from", base, "--out", tmp_path / "run", "--max-steps", 2,
+                    *small, **cache)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    shutil.rmtree(tmp_path / "cache")
+    done = glassgpt("train", "--resume", tmp_path / "run", "--max-steps", 4, **cache)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_gguf_is_not_read(tmp_path):

@@ -577,3 +577,23 @@ def test_a_checkpoint_of_long_ago(tmp_path: Path) -> None:
     assert config.bias
     assert info == {"iter_num": 250, "best_val_loss": 1.5}
     assert json.dumps(info)
+
+
+def test_an_older_vocabulary_does_not_stay_beside_a_new_model(tmp_path: Path) -> None:
+    letters, gpt2 = (
+        CharTokenizer.from_characters(LETTERS),
+        build_tokenizer("gpt2", lambda: iter(())),
+    )
+    for tokenizer in (letters, gpt2):
+        config = tiny_config("gpt2", activation="gelu", n_hidden=60,
+                             vocab_size=tokenizer.vocab_size)  # fmt: skip
+        save_nanogpt(config, weights_of(tiny_model(config)), tokenizer, tmp_path)
+        assert (tmp_path / "meta.pkl").exists() == (tokenizer is letters)
+
+
+def test_weights_are_read_when_they_are_asked_for(tmp_path: Path) -> None:
+    save_theirs(tmp_path, as_nanogpt(tiny_gpt2()))
+    _, weights, _, _ = load_nanogpt(tmp_path)
+    first, second = (weights["token_embedding.weight"] for _ in range(2))
+    assert np.array_equal(first, second)
+    assert not np.shares_memory(first, second)

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers.trainers import BpeTrainer
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
+from conftest import tiny_config, tiny_model, weights_of
+from glassgpt.checkpoint import Checkpoint, save_model
 from glassgpt.tokenizer import (
     BPETokenizer,
     IncrementalDecoder,
@@ -81,8 +83,11 @@ def sentencepiece() -> Tokenizer:
         [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(),
          decoders.Strip(" ", 1, 0)])  # fmt: skip
     special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    # No token spans two words; that is how they were learned, not how text is cut.
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("\u2581", "merged_with_next")
     trained(tokenizer, special, [])
     spec = json.loads(tokenizer.to_str())
+    spec["pre_tokenizer"] = None
     spec["added_tokens"] = spec["added_tokens"][:3]  # the bytes are ordinary tokens
     return begins_with("<s>", Tokenizer.from_str(json.dumps(spec)))
 
@@ -126,3 +131,40 @@ def test_streamed_text_is_the_text(folder: Path, text: str) -> None:
     ids = tokenizer.encode(text)
     shown = "".join(decoder.push(token) for token in ids) + decoder.flush()
     assert shown.removeprefix(" ").strip() == tokenizer.decode(ids).strip()
+
+
+def test_a_document_in_pieces_has_the_ids_of_the_whole(folder: Path) -> None:
+    """`prepare` encodes long documents piece by piece; SentencePiece marks the first word only."""
+    tokenizer = load_tokenizer(folder)
+    text = " ".join(CORPUS)
+    cut = text.index(" 1908")
+    parts = [tokenizer.encode_array(text[:cut]), tokenizer.encode_array(text[cut:], continues=True)]
+    assert [*parts[0], *parts[1]] == tokenizer.encode(text)
+    rest = tokenizer.encode_array("word", continues=True)
+    assert tokenizer.token_bytes(int(rest[0]))[:1] != b" "
+
+
+def test_half_a_character_in_a_prompt(folder: Path) -> None:
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.encode("a\udcff", special=True) == tokenizer.encode("a?", special=True)
+    assert tokenizer.encode("a\udcff") == tokenizer.encode("a?")
+
+
+def test_saved_again_it_begins_and_ends_texts_as_before(folder: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(folder)
+    again = tmp_path / "again"
+    config = tiny_config(vocab_size=tokenizer.vocab_size)
+    save_model(again, Checkpoint(config, weights_of(tiny_model(config)), tokenizer))
+    theirs, values = AutoTokenizer.from_pretrained(again), AutoConfig.from_pretrained(again)
+    begins = {"llama3": "<|begin_of_text|>", "sentencepiece": "<s>"}
+    name = next(
+        kind
+        for kind, (make, _) in MAKERS.items()
+        if make().to_str() == Tokenizer.from_file(str(folder / "tokenizer.json")).to_str()
+    )
+    assert theirs.bos_token == begins.get(name, "<|endoftext|>")
+    assert values.bos_token_id == theirs.bos_token_id
+    assert values.eos_token_id == theirs.eos_token_id == tokenizer.end_of_text
+    assert AutoTokenizer.from_pretrained(again)("Oz")["input_ids"] == tokenizer.encode(
+        "Oz", special=True
+    )

@@ -391,3 +391,24 @@ def test_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(UserError, match="pip install 'glassgpt\\[gguf\\]'"):
         write(tmp_path / "m.gguf", tiny_config())
+
+
+def test_a_token_before_every_text_is_told(tmp_path: Path) -> None:
+    """Llama 3 puts one before each prompt; GPT-2 none."""
+    spec = copy.deepcopy(train_bpe(["the cat sat on the mat " * 9], 280).spec)
+    begin = max(spec["model"]["vocab"].values()) + 1
+    added = spec["added_tokens"][0] | {"id": begin, "content": "<begin>"}
+    spec["added_tokens"].append(added)
+    spec["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "<begin>", "type_id": 0}},
+                   {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [],
+        "special_tokens": {"<begin>": {"id": "<begin>", "ids": [begin], "tokens": ["<begin>"]}},
+    }  # fmt: skip
+    tokenizer = from_spec(spec)
+    write(tmp_path / "m.gguf", tiny_config(vocab_size=begin + 1), tokenizer=tokenizer)
+    reader = GGUFReader(tmp_path / "m.gguf")
+    assert field(reader, "tokenizer.ggml.bos_token_id") == begin
+    assert field(reader, "tokenizer.ggml.eos_token_id") == tokenizer.end_of_text
+    assert field(reader, "tokenizer.ggml.add_bos_token") is True

@@ -1,6 +1,6 @@
 """Our tensor names and config <-> Hugging Face's (GPT2LMHeadModel, Llama, Qwen3).
 
-    config_json, tensors = to_huggingface(config, weights, end_of_text=50256)
+    config_json, tensors = to_huggingface(config, weights, end=50256)
 
 Works on NumPy arrays and only renames, transposes, splits and joins them, so a round trip is
 exact to the last bit; reading, each when it is asked for. It knows no file and no torch.
@@ -27,9 +27,16 @@ _GPT2_ACTIVATIONS = {"gelu_tanh": "gelu_new", "gelu": "gelu", "relu": "relu"}
 
 
 def to_huggingface(
-    config: ModelConfig, weights: Mapping[str, np.ndarray], *, end_of_text: int | None = None
+    config: ModelConfig,
+    weights: Mapping[str, np.ndarray],
+    *,
+    begin: int | None = None,
+    end: int | None = None,
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Our weights -> the content of config.json and the tensors of model.safetensors."""
+    """Our weights -> the content of config.json and the tensors of model.safetensors.
+
+    `begin` and `end`: ids of the tokens before and after a text.
+    """
     tensors: dict[str, np.ndarray] = {}
     shapes = config.weight_shapes
     for theirs, ours, transposed in _tensor_names(config):
@@ -41,7 +48,7 @@ def to_huggingface(
             width = shapes[ours.replace(".bias", ".weight")][0]
             tensors[theirs] = np.zeros(width, dtype=np.float32)
     tensors = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
-    return _config_json(config, end_of_text), tensors
+    return _config_json(config, begin, end), tensors
 
 
 def from_huggingface(
@@ -51,10 +58,19 @@ def from_huggingface(
 
     Raises `UserError` for missing or misshapen ones at once.
     """
-    found, expected = shapes_of(tensors), config.weight_shapes
+    found = shapes_of(tensors)
+    if config.n_layer > len(found):  # or the list of their names might fill the memory
+        raise UserError(f"{where}: {len(found)} tensors are too few for {config.n_layer} layers")
+    expected = config.weight_shapes
     # The base model alone, as OpenAI's own gpt2 is stored, lacks the first part of the names.
     prefix = "transformer." if config.family == "gpt2" else "model."
     bare = not any(name.startswith(prefix) for name in found)
+    if config.tie_embeddings and "lm_head.weight" in found:
+        name = next(name for name in found if name.endswith(("wte.weight", "embed_tokens.weight")))
+        if not np.array_equal(tensors["lm_head.weight"], tensors[name]):
+            raise UserError(
+                f"{where}: tie_word_embeddings is set, but lm_head.weight is not {name}"
+            )
     makers = {}
     for theirs, ours, transposed in _tensor_names(config):
         names = [theirs] if isinstance(theirs, str) else list(theirs)
@@ -102,24 +118,29 @@ def config_from_json(values: Mapping[str, Any], where: str = "config.json") -> M
             f"{where}: model_type {values.get('model_type')!r} is not supported; "
             f"supported are {', '.join(kinds)}"
         )
+    if values.get("quantization_config"):
+        raise UserError(f"{where}: quantized weights are not supported; fetch the original ones")
     try:
         return _gpt2_config(values) if kind == "gpt2" else _llama_config(values, kind)
-    except (KeyError, TypeError) as error:
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise UserError(f"{where}: {error} is missing or malformed") from error
 
 
 def _gpt2_config(values: Mapping[str, Any]) -> ModelConfig:
     theirs = values.get("activation_function", "gelu_new")
     activations = {hf: ours for ours, hf in _GPT2_ACTIVATIONS.items()}
+    activations["gelu_pytorch_tanh"] = "gelu_tanh"  # the same formula
     for name, ok in (("scale_attn_by_inverse_layer_idx", False), ("scale_attn_weights", True)):
         if values.get(name, ok) != ok:
-            raise UserError(f"config.json: {name}={values[name]} is not supported")
+            raise UserError(f"{name}={values[name]} is not supported")
     if theirs not in activations:
-        raise UserError(f"config.json: activation_function {theirs!r} is not supported")
+        raise UserError(f"activation_function {theirs!r} is not supported")
     return ModelConfig.from_shape(
         "gpt2",
         vocab_size=values["vocab_size"],
-        context_length=values["n_positions"],
+        context_length=values.get("n_positions", 1024),
         n_layer=values["n_layer"],
         n_head=values["n_head"],
         n_embd=values["n_embd"],
@@ -134,27 +155,27 @@ def _llama_config(values: Mapping[str, Any], kind: str) -> ModelConfig:
     rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
     for name in ("attention_bias", "mlp_bias"):
         if values.get(name):
-            raise UserError(f"config.json: {name} is not supported")
+            raise UserError(f"{name} is not supported")
     if values.get("hidden_act", "silu") != "silu":
-        raise UserError(f"config.json: hidden_act {values['hidden_act']!r} is not supported")
+        raise UserError(f"hidden_act {values['hidden_act']!r} is not supported")
     if values.get("use_sliding_window"):
-        raise UserError("config.json: use_sliding_window is not supported")
+        raise UserError("use_sliding_window is not supported")
     n_head, n_embd = values["num_attention_heads"], values["hidden_size"]
     return ModelConfig.from_shape(
         "modern",
         vocab_size=values["vocab_size"],
-        context_length=values["max_position_embeddings"],
+        context_length=values.get("max_position_embeddings", 2048 if kind == "llama" else 32768),
         n_layer=values["num_hidden_layers"],
         n_head=n_head,
         n_kv_head=values.get("num_key_value_heads") or n_head,
         n_embd=n_embd,
-        head_dim=values.get("head_dim") or n_embd // n_head,
+        head_dim=values.get("head_dim") or (128 if kind == "qwen3" else n_embd // n_head),
         n_hidden=values["intermediate_size"],
         qk_norm=kind == "qwen3",
         tie_embeddings=values.get("tie_word_embeddings", False),
         rope_theta=float(rope.get("rope_theta", values.get("rope_theta", 10000.0))),
         rope_scaling=_rope_scaling(rope),
-        norm_eps=values["rms_norm_eps"],
+        norm_eps=values.get("rms_norm_eps", 1e-6),
     )
 
 
@@ -172,7 +193,7 @@ def _rope_scaling(rope: Mapping[str, Any]) -> RopeScaling | None:
             high_freq_factor=float(rope["high_freq_factor"]),
             original_context_length=rope["original_max_position_embeddings"],
         )
-    raise UserError(f"config.json: rope scaling {kind!r} is not supported; linear and llama3 are")
+    raise UserError(f"rope scaling {kind!r} is not supported; linear and llama3 are")
 
 
 def _rope_json(config: ModelConfig) -> dict[str, Any]:
@@ -189,14 +210,14 @@ def _rope_json(config: ModelConfig) -> dict[str, Any]:
     return values
 
 
-def _config_json(config: ModelConfig, end_of_text: int | None) -> dict[str, Any]:
+def _config_json(config: ModelConfig, begin: int | None, end: int | None) -> dict[str, Any]:
     common = {
         "architectures": [_ARCHITECTURES[config.family]],
         "model_type": config.family,
         "vocab_size": config.vocab_size,
         "tie_word_embeddings": config.tie_embeddings,
-        "bos_token_id": end_of_text,
-        "eos_token_id": end_of_text,
+        "bos_token_id": begin,
+        "eos_token_id": end,
         "torch_dtype": "float32",
     }
     if config.family == "gpt2":

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from glassgpt.config import ModelConfig
 from glassgpt.convert.huggingface import gpt2_names
 from glassgpt.convert.pickles import StoredTensor, TorchArchive, read_pickle
 from glassgpt.errors import UserError
+from glassgpt.tensors import Lazy
 from glassgpt.tokenizer import UNKNOWN, CharTokenizer, Tokenizer
 
 GPT2_VOCABULARIES = (50257, 50304)  # nanoGPT pads OpenAI's to a multiple of 64
@@ -103,7 +105,7 @@ def _config(values: dict, file: Path) -> ModelConfig:
     return ModelConfig.from_shape("gpt2", activation="gelu", bias=bias, dropout=dropout, **sizes)
 
 
-def _weights(config: ModelConfig, archive: TorchArchive, model: dict) -> dict[str, np.ndarray]:
+def _weights(config: ModelConfig, archive: TorchArchive, model: dict) -> Lazy:
     """Our names -> arrays. Anything the config does not explain means another architecture."""
     file, tensors, weights = archive.path, {}, {}
     for name, tensor in model.items():
@@ -120,23 +122,24 @@ def _weights(config: ModelConfig, archive: TorchArchive, model: dict) -> dict[st
         tensor = tensors.pop(theirs, None)
         if tensor is None:
             raise UserError(f"{file}: the tensor {theirs} is missing")
-        weights[ours] = np.asarray(archive.array(tensor), dtype=np.float32)
-        if weights[ours].shape != shapes[ours]:
+        archive.array(tensor)  # everything is checked now, and read when it is asked for
+        if tensor.size != shapes[ours]:
             raise UserError(
-                f"{file}: {theirs} has shape {weights[ours].shape} instead of {shapes[ours]}, "
+                f"{file}: {theirs} has shape {tensor.size} instead of {shapes[ours]}, "
                 "which its model_args call for"
             )
-    if head is not None and not _same(archive.array(head), weights["token_embedding.weight"]):
+        weights[ours] = partial(_read, archive, tensor)
+    table = weights["token_embedding.weight"]
+    if head is not None and not np.array_equal(archive.array(head), table(), equal_nan=True):
         raise UserError(f"{file}: lm_head.weight is not transformer.wte.weight; nanoGPT ties them")
     for name in tensors:
         if not name.endswith(".attn.bias"):  # the causal mask, with torch before 2.0
             raise UserError(f"{file}: nanoGPT's models have no {name!r:.80}; this is another one")
-    return weights
+    return Lazy(weights)
 
 
-def _same(a: np.ndarray, b: np.ndarray) -> bool:
-    """Tied tensors share their bytes in the file; then there is nothing to compare."""
-    return a.shape == b.shape and (a.ctypes.data == b.ctypes.data or np.array_equal(a, b))
+def _read(archive: TorchArchive, tensor: StoredTensor) -> np.ndarray:
+    return np.asarray(archive.array(tensor), dtype=np.float32)
 
 
 def _plain(name: str) -> str:

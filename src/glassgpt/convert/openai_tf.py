@@ -51,7 +51,7 @@ def load_openai(folder: Path) -> tuple[ModelConfig, Mapping[str, np.ndarray], To
             raw[file] = (folder / file).read_bytes()
     try:
         hparams = json.loads(raw["hparams.json"])
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{folder / 'hparams.json'} is damaged: {error}; fetch it again") from error
     try:
         tokenizer = gpt2_tokenizer(raw["encoder.json"], raw["vocab.bpe"])

@@ -11,6 +11,7 @@ from the file after its sizes are checked. This room knows no model and no torch
 from __future__ import annotations
 
 import math
+import os
 import pickletools
 import struct
 import zipfile
@@ -208,7 +209,8 @@ class TorchArchive:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        with explain_os_errors(f"read {path}"), open(path, "rb") as file:
+        with explain_os_errors(f"read {path}"):
+            file = self._file = open(path, "rb")  # noqa: SIM115  (read from as long as this lives)
             start = file.read(2)
             try:
                 entries = zipfile.ZipFile(file).infolist()
@@ -218,9 +220,7 @@ class TorchArchive:
                     f"{path} is no file of torch.save, or one from before PyTorch 1.6 "
                     "(load it there and save it with a newer one)"
                 ) from error  # fmt: skip
-            self._file = np.memmap(file, np.uint8, mode="c")  # writes, if any, stay in memory
         self._entries = {entry.filename: entry for entry in entries}
-        self._checked: dict[str, np.ndarray] = {}
         roots = [name[:-9] for name in self._entries if name.endswith("/data.pkl")]
         if len(roots) != 1:
             raise UserError(f"{path} is no file of torch.save: it holds no data.pkl")
@@ -252,14 +252,16 @@ class TorchArchive:
 
     def _entry(self, name: str) -> np.ndarray:
         """The bytes of an entry, (n,) uint8, mapped; they must be what the archive promises."""
-        if name in self._checked:
-            return self._checked[name]
         entry = self._entries.get(f"{self._root}/{name}")
         if entry is None:
             raise UserError(f"{self.path} is damaged: its entry {name!r:.80} is missing")
-        header = self._file[entry.header_offset :][:30].tobytes().ljust(30, b"\0")
+        self._file.seek(entry.header_offset)
+        header = self._file.read(30).ljust(30, b"\0")
         start = entry.header_offset + 30 + sum(struct.unpack_from("<2H", header, 26))
-        content = self._file[start : start + entry.file_size]
+        size = min(entry.file_size, os.fstat(self._file.fileno()).st_size - start)
+        content = np.empty(0, np.uint8)
+        if size > 0:  # a mapping of its own, which leaves memory with the array; never written to
+            content = np.memmap(self._file, np.uint8, mode="c", offset=start, shape=(size,))
         if entry.compress_type != zipfile.ZIP_STORED or zlib.crc32(content.data) != entry.CRC:
             raise UserError(f"{self.path} is damaged: {name!r:.80} does not match its checksum")
-        return self._checked.setdefault(name, content)
+        return content

@@ -121,6 +121,7 @@ def data_key(stamps: list[dict[str, Any]], config: DataConfig) -> str:
     if path is not None:  # its content counts, not its name
         with explain_os_errors(f"read the tokenizer {path}"):
             content.append(["tokenizer", hashlib.sha256(path.read_bytes()).hexdigest()])
+        config = dataclasses.replace(config, tokenizer="path")
     described = json.dumps([FORMAT, content, dataclasses.asdict(config)], sort_keys=True)
     return hashlib.sha256(described.encode()).hexdigest()[:16]
 
@@ -145,6 +146,7 @@ class _Part:
     text: str
     document: int = -1
     seen: int = 0  # hash of the document up to here
+    continues: bool = False  # more of the document went before
 
 
 class _Preparation:
@@ -269,7 +271,7 @@ class _Preparation:
                 before = len(text) if cut is None else max(0, min(len(text), cut - position))
                 for into, stretch in ((name, text[:before]), ("val", text[before:])):
                     if stretch and self.writers[into].room:
-                        yield _Part(into, stretch, document, seen)
+                        yield _Part(into, stretch, document, seen, not starts_document)
                 position += len(text)
 
     # -- encoding --------------------------------------------------------------------------------
@@ -290,7 +292,7 @@ class _Preparation:
 
     def _encode_job(self, job: list[_Part]):
         """In a worker: ids of every part, and its sample of windows."""
-        ids = [self.tokenizer.encode_array(part.text) for part in job]
+        ids = [self.tokenizer.encode_array(p.text, continues=p.continues) for p in job]
         return job, ids, [self.overlap.sample(tokens) for tokens in ids]
 
     def _write(self, job: list[_Part], ids: list[np.ndarray], samples: list[np.ndarray]) -> None:

@@ -8,6 +8,7 @@ the plain NumPy model (ONNX: of ONNX Runtime with those of the torch model).
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -75,6 +76,8 @@ def _onnx(checkpoint: Checkpoint, out: Path, precision: Precision) -> tuple[floa
     from glassgpt.export.onnx import largest_difference, write_onnx
     from glassgpt.model import GPT
 
+    if importlib.util.find_spec("onnxruntime") is None:
+        raise UserError("checking an ONNX file needs: pip install 'glassgpt[onnx]'")
     model = GPT.from_weights(checkpoint.config, checkpoint.weights)
     write_onnx(out, model)
     return largest_difference(out, model), ""

@@ -29,6 +29,7 @@ from glassgpt.tokenizer import (
     Tokenizer,
     bpe_pattern,
     byte_alphabet,
+    tokens_before,
 )
 
 if TYPE_CHECKING:
@@ -319,9 +320,10 @@ def _add_tokenizer(writer: GGUFWriter, tokenizer: Tokenizer, vocab_size: int) ->
     writer.add_token_types(kinds)
     # The list of merges must not be empty; no UTF-8 contains the byte 255.
     writer.add_token_merges(_merges(tokenizer) or ["ÿ ÿ"])
-    writer.add_bos_token_id(end)
+    before = tokens_before(tokenizer.spec)
+    writer.add_bos_token_id(before[0] if before else end)
     writer.add_eos_token_id(end)
-    writer.add_add_bos_token(False)
+    writer.add_add_bos_token(bool(before))
 
 
 def _merges(tokenizer: Tokenizer) -> list[str]:

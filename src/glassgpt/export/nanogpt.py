@@ -66,6 +66,8 @@ def save_nanogpt(
     write_file(folder / "ckpt.pt", archive.getvalue())
     if meta is not None:
         write_file(folder / "meta.pkl", pickle.dumps(meta))
+    else:  # of an earlier export: it would be taken for this model's
+        (folder / "meta.pkl").unlink(missing_ok=True)
 
 
 def _check(config: ModelConfig) -> None:
