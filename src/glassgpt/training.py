@@ -79,10 +79,7 @@ def train(
         saved = base = None
         if resume is not None:
             _check_resumable(given, resume, overwrite, init_from)
-            if int(os.environ.get("RANK", 0)) == 0:  # before reading: nobody else may move on
-                run = ckpt.find_training(resume).parents[1]
-                held.enter_context(exclusive(run, run / ".lock"))
-            saved = ckpt.load_training(resume)
+            saved = _hold_and_load(resume, held)
             given = saved[2]["options"] | given | {"out": os.fspath(resume)}
             if given.get("init_from"):  # the base's tokenizer, which the cache may have lost
                 given["tokenizer"] = tokenizer_file(saved[0].tokenizer)
@@ -115,6 +112,14 @@ def train(
         result = trainer.fit()
         machine.barrier()  # who leaves early takes the others' connections down
         return result
+
+
+def _hold_and_load(run: str | Path, held: contextlib.ExitStack) -> tuple:
+    """What `ckpt.load_training` gives; locked before it is read, lest another process moves on."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        folder = ckpt.find_training(run).parents[1]
+        held.enter_context(exclusive(folder, folder / ".lock"))
+    return ckpt.load_training(run)
 
 
 def _make_trainer(
