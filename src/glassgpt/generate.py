@@ -10,6 +10,7 @@ no model and no torch.
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -19,7 +20,7 @@ import numpy as np
 from glassgpt.config import Sampling
 from glassgpt.engine import Engine
 from glassgpt.errors import UserError
-from glassgpt.tokenizer import IncrementalDecoder, Tokenizer
+from glassgpt.tokenizer import Tokenizer
 
 _CACHE_NUMBERS = 1 << 28  # keys and values of the samples that grow side by side: 1 GB in float32
 FinishReason = Literal["length", "stop", "end_of_text"]
@@ -180,6 +181,28 @@ def _first_tokens(tokenizer: Tokenizer) -> list[int]:
     if tokenizer.end_of_text is not None:
         return [tokenizer.end_of_text]
     return tokenizer.encode("\n")
+
+
+class IncrementalDecoder:
+    """Turns a stream of ids into text as soon as whole characters are there.
+
+    >>> from glassgpt.tokenizer import byte_tokenizer
+    >>> tok = byte_tokenizer(); decoder = IncrementalDecoder(tok)
+    >>> [decoder.push(token) for token in tok.encode("é")], decoder.flush()
+    (['', 'é'], '')
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._bytes = tokenizer.token_bytes
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token: int) -> str:
+        """The text that this token completes; "" while a character is unfinished."""
+        return self._utf8.decode(self._bytes(token))
+
+    def flush(self) -> str:
+        """What is left at the end: U+FFFD for a character that never was finished."""
+        return self._utf8.decode(b"", final=True)
 
 
 class _Row:

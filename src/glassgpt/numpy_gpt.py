@@ -217,7 +217,8 @@ if __name__ == "__main__":
 
     app = App(version_flags=())
     app.default(main)
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `... | head` ends it without a word
+    if hasattr(signal, "SIGPIPE"):  # `... | head` ends it without a word
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     try:
         app()
     except UserError as error:

@@ -8,7 +8,6 @@ to encode the same ids. This room knows nothing of models, data folders or downl
 
 from __future__ import annotations
 
-import codecs
 import hashlib
 import json
 import re
@@ -24,6 +23,7 @@ from glassgpt.errors import UserError, explain_os_errors
 
 END_OF_TEXT = "<|endoftext|>"
 UNKNOWN = "<unk>"
+_ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>")  # between texts: GPT-2 and Qwen, Llama 3, Llama 2
 # How GPT-2 cuts text before merging: contractions, words, numbers and punctuation each with the
 # space before them, and white space. Possessive quantifiers are for speed; the cuts are the same.
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
@@ -65,6 +65,11 @@ class _Spec:
         return len(self._bytes_of)
 
     @property
+    def end_of_text(self) -> int | None:
+        special = {t["content"]: t["id"] for t in self.spec.get("added_tokens") or []}
+        return next((special[name] for name in _ENDS if name in special), None)
+
+    @property
     def unknown_token(self) -> str | None:
         return self.spec["model"].get("unk_token")
 
@@ -84,7 +89,6 @@ class CharTokenizer(_Spec):
     """
 
     kind = "char"
-    end_of_text = None
 
     @classmethod
     def from_characters(cls, characters: Iterable[str]) -> CharTokenizer:
@@ -161,10 +165,6 @@ class BPETokenizer(_Spec):
     def kind(self) -> str:
         return "bpe" if self.spec["model"]["merges"] else "byte"
 
-    @property
-    def end_of_text(self) -> int | None:
-        return _end_of_text(self.spec)
-
     @cached_property
     def _bytes_of(self) -> list[bytes]:
         alphabet = {char: byte for byte, char in enumerate(byte_alphabet())}
@@ -240,10 +240,6 @@ class LibraryTokenizer(_Spec):
         for library in (self._text, self._rest):
             library.encode_special_tokens = True  # in ordinary text they are text
 
-    @property
-    def end_of_text(self) -> int | None:
-        return _end_of_text(self.spec)
-
     @cached_property
     def _bytes_of(self) -> list[bytes]:
         alphabet = {char: byte for byte, char in enumerate(byte_alphabet())}
@@ -290,15 +286,6 @@ def _without_prepend(spec: dict) -> dict:
     steps = normalizer.get("normalizers", [normalizer])
     kept = [step for step in steps if step and step.get("type") != "Prepend"]
     return spec | {"normalizer": {"type": "Sequence", "normalizers": kept} if kept else None}
-
-
-_ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>")  # of GPT-2 and Qwen, Llama 3, Llama 2
-
-
-def _end_of_text(spec: dict) -> int | None:
-    """The id of the token between documents, by the names that it goes by."""
-    special = {token["content"]: token["id"] for token in spec.get("added_tokens") or []}
-    return next((special[name] for name in _ENDS if name in special), None)
 
 
 def tokens_before(spec: dict) -> list[int]:
@@ -504,24 +491,3 @@ def fingerprint(tokenizer: Tokenizer) -> str:
     """Equal for tokenizers that give equal ids; stored with data and runs."""
     text = json.dumps(tokenizer.spec, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-class IncrementalDecoder:
-    """Turns a stream of ids into text as soon as whole characters are there.
-
-    >>> tok = byte_tokenizer(); decoder = IncrementalDecoder(tok)
-    >>> [decoder.push(token) for token in tok.encode("é")], decoder.flush()
-    (['', 'é'], '')
-    """
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._bytes = tokenizer.token_bytes
-        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-
-    def push(self, token: int) -> str:
-        """The text that this token completes; "" while a character is unfinished."""
-        return self._utf8.decode(self._bytes(token))
-
-    def flush(self) -> str:
-        """What is left at the end: U+FFFD for a character that never was finished."""
-        return self._utf8.decode(b"", final=True)

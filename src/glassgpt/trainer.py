@@ -114,7 +114,7 @@ class Trainer:
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         for name in _RESUMED:
-            setattr(self, name, state[name])
+            setattr(self, name, state.get(name))
         if self.options.get("micro_batch_size") == state["options"].get("micro_batch_size"):
             self.micro_batch_size = min(self.micro_batch_size, self.fits_in_memory or 1 << 62)
         self.seconds = state["seconds"]

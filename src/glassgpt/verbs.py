@@ -16,7 +16,9 @@ from cyclopts import Group, Parameter
 
 from glassgpt.config import (
     DataConfig,
+    Format,
     ModelConfig,
+    Precision,
     Sampling,
     TrainConfig,
     names_of,
@@ -26,9 +28,6 @@ from glassgpt.config import (
 
 if TYPE_CHECKING:
     from glassgpt.trainer import TrainResult
-
-Format = Literal["gguf", "onnx", "nanogpt", "numpy"]  # as in export/formats.py, which is heavy
-Precision = Literal["F32", "F16", "Q8_0"]
 
 
 _FREE_TEXT = ("sample_prompt", "stop")  # may begin with a hyphen

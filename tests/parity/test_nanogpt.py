@@ -6,10 +6,8 @@ same function. benchmarks/nanogpt_parity.py compares with the real one.
 
 from __future__ import annotations
 
-import builtins
 import dataclasses
 import json
-import os
 import pickle
 import random
 import zipfile
@@ -32,6 +30,7 @@ from glassgpt.export.formats import export
 from glassgpt.export.nanogpt import save_nanogpt
 from glassgpt.model import GPT, load_weights
 from glassgpt.tokenizer import CharTokenizer, byte_tokenizer, unknown_note
+from payloads import Evaluates, RunsCommand, SetsState
 
 LETTERS = "\n !',-.:;?abcdefghijklmnopqrstuvwxyz"
 SIZES = dict(n_layer=2, n_head=3, n_embd=15, block_size=13, vocab_size=len(LETTERS))
@@ -321,27 +320,6 @@ def test_what_nanogpt_can_not_express_is_refused(
 
 
 # -- nothing in a checkpoint is run --------------------------------------------------------------
-
-
-class RunsCommand:
-    def __init__(self, command: str) -> None:
-        self.command = command
-
-    def __reduce__(self):
-        return os.system, (self.command,)
-
-
-class Evaluates(RunsCommand):
-    def __reduce__(self):
-        return builtins.eval, (f"__import__('os').system({self.command!r})",)
-
-
-class SetsState:
-    def __init__(self, command: str) -> None:
-        self.command = command
-
-    def __setstate__(self, state: dict) -> None:
-        os.system(state["command"])
 
 
 @pytest.mark.parametrize("payload", [RunsCommand, Evaluates, SetsState])

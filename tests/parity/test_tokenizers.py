@@ -12,9 +12,9 @@ from transformers import AutoConfig, AutoTokenizer
 
 from conftest import tiny_config, tiny_model, weights_of
 from glassgpt.checkpoint import Checkpoint, save_model
+from glassgpt.generate import IncrementalDecoder
 from glassgpt.tokenizer import (
     BPETokenizer,
-    IncrementalDecoder,
     LibraryTokenizer,
     byte_alphabet,
     load_tokenizer,

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import builtins
 import json
-import os
 import pickle
 from collections import Counter, OrderedDict
 from pathlib import Path
@@ -20,6 +18,7 @@ from glassgpt.data.batches import IGNORE, TokenFiles, is_prepared, load_data
 from glassgpt.data.prepare import prepare
 from glassgpt.errors import UserError
 from glassgpt.tokenizer import byte_tokenizer, to_files
+from payloads import Evaluates, RunsCommand, SetsState
 
 
 def token_files(folder: Path, *sizes: int, dtype: str = "<u2") -> TokenFiles:
@@ -327,30 +326,7 @@ def test_nanogpt_file_cut_in_a_token_is_refused(tmp_path: Path) -> None:
         load_data(folder)
 
 
-class RunsCommand:
-    def __init__(self, command: str) -> None:
-        self.command = command
-
-    def __reduce__(self):
-        return os.system, (self.command,)
-
-
-class Evaluates(RunsCommand):
-    def __reduce__(self):
-        return builtins.eval, (f"__import__('os').system({self.command!r})",)
-
-
-class Harmless:
-    """Even a class of ours is code, and has no place in a vocabulary."""
-
-    def __init__(self, command: str) -> None:
-        self.command = command
-
-    def __setstate__(self, state: dict) -> None:
-        os.system(state["command"])
-
-
-@pytest.mark.parametrize("payload", [RunsCommand, Evaluates, Harmless])
+@pytest.mark.parametrize("payload", [RunsCommand, Evaluates, SetsState])
 @pytest.mark.parametrize("protocol", [0, 2, 5])
 def test_a_pickle_that_names_code_is_refused(tmp_path: Path, payload: type, protocol: int) -> None:
     flag = tmp_path / "executed"

@@ -19,11 +19,11 @@ from hypothesis import strategies as st
 import glassgpt.tokenizer
 from glassgpt.data.vocabulary import build_tokenizer
 from glassgpt.errors import UserError
+from glassgpt.generate import IncrementalDecoder
 from glassgpt.tokenizer import (
     END_OF_TEXT,
     UNKNOWN,
     CharTokenizer,
-    IncrementalDecoder,
     Tokenizer,
     byte_tokenizer,
     fingerprint,

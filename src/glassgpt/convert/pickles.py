@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from glassgpt.errors import UserError, explain_os_errors
+from glassgpt.tensors import widen_bfloat16
 
 _LARGEST = 4 << 20  # bytes of pickle; GPT-2 XL with its optimizer has under a tenth of that
 
@@ -153,7 +154,7 @@ def read_pickle(path: Path) -> Any:
 
 # -- tensors -------------------------------------------------------------------------------------
 
-_BFLOAT16 = "torch.BFloat16Storage"  # NumPy has none: the upper half of a float32
+_BFLOAT16 = "torch.BFloat16Storage"
 _DTYPES = {"torch.FloatStorage": "<f4", "torch.HalfStorage": "<f2", "torch.DoubleStorage": "<f8",
            _BFLOAT16: "<u2", "torch.LongStorage": "<i8", "torch.IntStorage": "<i4",
            "torch.ShortStorage": "<i2", "torch.CharStorage": "i1", "torch.ByteStorage": "u1",
@@ -247,7 +248,7 @@ class TorchArchive:
             raise UserError(f"{self.path}: a tensor is not stored row by row; call contiguous()")
         array = entry.view(dtype)[tensor.offset : tensor.offset + numel].reshape(size)
         if storage.kind == _BFLOAT16:
-            return (array.astype(np.uint32) << 16).view(np.float32)
+            return widen_bfloat16(array)
         return array.view(np.ndarray)
 
     def _entry(self, name: str) -> np.ndarray:

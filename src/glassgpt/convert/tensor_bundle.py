@@ -18,6 +18,7 @@ import numpy as np
 
 from glassgpt.convert.crc32c import crc32c, masked
 from glassgpt.errors import UserError, explain_os_errors
+from glassgpt.tensors import widen_bfloat16
 
 Value = TypeVar("Value", int, bytes)
 
@@ -83,8 +84,8 @@ class TensorBundle(Mapping[str, np.ndarray]):
         # Always checked, and no library needed: crc32c.py takes 9 to 27 % of the time of loading.
         if masked(crc32c(flat)) != entry.crc:
             raise UserError(f"{path} is damaged at {name}: wrong checksum; fetch it again")
-        if entry.dtype == _BFLOAT16:  # the upper half of a float32
-            flat = (flat.astype(np.uint32) << 16).view(np.float32)
+        if entry.dtype == _BFLOAT16:
+            flat = widen_bfloat16(flat)
         return flat.astype(np.float32, copy=False).reshape(shape)
 
     def __contains__(self, name: object) -> bool:  # without reading the tensor

@@ -11,13 +11,11 @@ from __future__ import annotations
 import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from glassgpt.checkpoint import Checkpoint
+from glassgpt.config import Format, Precision
 from glassgpt.errors import UserError, explain_os_errors
 
-Format = Literal["gguf", "onnx", "nanogpt", "numpy"]
-Precision = Literal["F32", "F16", "Q8_0"]
 SUFFIXES: dict[Format, str] = {"gguf": ".gguf", "onnx": ".onnx", "nanogpt": "-nanogpt",
                                "numpy": ".npz"}  # fmt: skip
 
@@ -57,7 +55,7 @@ def export(
     with explain_os_errors(f"write {out}"):
         out.parent.mkdir(parents=True, exist_ok=True)
     difference, note = _WRITERS[to](checkpoint, out, precision)
-    files = [path for path in out.glob("*")] if out.is_dir() else [out, Path(f"{out}.data")]
+    files = list(out.glob("*")) if out.is_dir() else [out, Path(f"{out}.data")]
     size = sum(path.stat().st_size for path in files if path.exists())
     return Exported(out, size, difference, note)
 

@@ -16,11 +16,12 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from glassgpt.config import ModelConfig, RopeScaling
+from glassgpt.config import Precision as Kind
 from glassgpt.errors import UserError, explain_os_errors
 from glassgpt.tokenizer import (
     GPT2_PATTERN,
@@ -34,8 +35,6 @@ from glassgpt.tokenizer import (
 
 if TYPE_CHECKING:
     from gguf import GGUFReader, GGUFWriter
-
-Kind = Literal["F32", "F16", "Q8_0"]
 
 _NAMES = {
     "token_embedding": "token_embd", "position_embedding": "position_embd",
