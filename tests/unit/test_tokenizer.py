@@ -16,7 +16,7 @@ import tokenizers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-import glassgpt.tokenizer
+import glassgpt.generate
 from glassgpt.data.vocabulary import build_tokenizer
 from glassgpt.errors import UserError
 from glassgpt.generate import IncrementalDecoder
@@ -267,8 +267,8 @@ def test_a_character_appears_with_its_last_byte() -> None:
 
 
 def test_docstrings() -> None:
-    assert doctest.testmod(glassgpt.tokenizer).attempted > 0
-    assert doctest.testmod(glassgpt.tokenizer).failed == 0
+    assert doctest.testmod(glassgpt.generate).attempted > 0
+    assert doctest.testmod(glassgpt.generate).failed == 0
 
 
 # -- files ---------------------------------------------------------------------------------------
