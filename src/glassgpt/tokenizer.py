@@ -1,9 +1,10 @@
-"""Text to token ids and back: characters, bytes, and byte-level BPE (GPT-2's, or learned here).
+"""Text to token ids and back: characters, bytes, byte-level BPE (GPT-2's, or learned here), others.
 
     tok = CharTokenizer.from_characters("hello"); tok.decode(tok.encode("hole"))
 
 Every tokenizer *is* a Hugging Face `tokenizer.json` (its `spec`); the classes add a faster way
-to encode the same ids. This room knows nothing of models, data folders or downloads.
+to encode the same ids, where there is one. This room knows nothing of models, data folders or
+downloads.
 """
 
 from __future__ import annotations

@@ -27,6 +27,7 @@ from glassgpt.config import (
 )
 
 if TYPE_CHECKING:
+    from glassgpt.runlog import Progress
     from glassgpt.trainer import TrainResult
 
 
@@ -185,7 +186,7 @@ def train(
     overwrite:
         Replace the run directory if it exists.
     """
-    from glassgpt.runlog import Progress, Terminal, program
+    from glassgpt.runlog import Progress, Terminal
     from glassgpt.training import train as run
 
     main_process = int(os.environ.get("RANK", 0)) == 0
@@ -197,12 +198,18 @@ def train(
         terminal.close()
     _exit_status(result)
     if main_process:
-        terminal.say(
-            f"best val loss {result.best_val_loss:.4f} (at the start {result.first_val_loss:.4f})"
-            f" · loss curve: {result.run / 'loss.png'}"
-        )
-        shown = shlex.quote(str(result.run))
-        terminal.say(f'next: {program()} sample {shown} --prompt "Once upon a time"')
+        _say_what_next(terminal, result)
+
+
+def _say_what_next(terminal: Progress, result: TrainResult) -> None:
+    from glassgpt.runlog import program
+
+    terminal.say(
+        f"best val loss {result.best_val_loss:.4f} (at the start {result.first_val_loss:.4f})"
+        f" · loss curve: {result.run / 'loss.png'}"
+    )
+    shown = shlex.quote(str(result.run))
+    terminal.say(f'next: {program()} sample {shown} --prompt "Once upon a time"')
 
 
 def sample(
