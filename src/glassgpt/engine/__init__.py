@@ -1,10 +1,12 @@
-"""What decoding asks of a model: logits for the next token, one position at a time.
+"""What decoding asks of a model: rows of text that grow, and the logits after each.
 
-`generate.py` talks to this interface only. `reference.py` fulfils it with model.py as it is.
+`generate.py` talks to this interface only. `reference.py` fulfils it with model.py as it is;
+every other engine is tested against that one.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -13,14 +15,29 @@ from glassgpt.config import ModelConfig
 
 
 class Engine(Protocol):
-    """Remembers the tokens it was fed; rows of the batch advance together."""
+    """Some rows, each the tokens of one text read so far; they may differ in length."""
 
     config: ModelConfig
 
-    def start(self, tokens: np.ndarray) -> np.ndarray:
-        """Forget everything, read tokens (B, T), return the last position's logits (B, V)."""
+    def open(self, n_rows: int) -> None:
+        """Forget everything; from now on there are `n_rows` rows without tokens."""
         ...
 
-    def step(self, tokens: np.ndarray) -> np.ndarray:
-        """Read one more token per row (B,), return the logits after it (B, V) float32."""
+    def read(
+        self, rows: Sequence[int], tokens: Sequence[np.ndarray], *, every: bool = False
+    ) -> np.ndarray:
+        """Row rows[i] reads tokens[i] (T_i,), one at least, behind what it has read already.
+
+        Returns float32 logits (len(rows), V) of what follows the last token of each, or with
+        `every` those after each token, (T_0 + T_1 + ..., V). A row is listed once at most, and
+        never grows beyond the context.
+        """
+        ...
+
+    def rewind(self, row: int, length: int = 0) -> None:
+        """Forget what this row has read, but for its first `length` tokens."""
+        ...
+
+    def copy(self, source: int, targets: Sequence[int]) -> None:
+        """The rows `targets` have read what `source` has, without reading it again."""
         ...

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import contextmanager
+
 import numpy as np
 import torch
 
@@ -10,28 +13,46 @@ from glassgpt.model import GPT
 
 
 class ReferenceEngine:
-    """An `Engine` around a torch model, on whatever device it is."""
+    """An `Engine` around a torch model, on whatever device it is; one row after the other."""
 
     def __init__(self, model: GPT) -> None:
         self.model = model
         self.config = model.config
-        self.cache: KVCache | None = None
+        self.caches: list[KVCache] = []
 
-    def start(self, tokens: np.ndarray) -> np.ndarray:
-        batch, weight = tokens.shape[0], self.model.head.weight
-        if self.cache is None or self.cache.keys.size(1) != batch:
-            self.cache = KVCache(self.config, batch, dtype=weight.dtype, device=weight.device)
-        self.cache.clear()
-        return self._forward(tokens)
-
-    def step(self, tokens: np.ndarray) -> np.ndarray:
-        return self._forward(tokens[:, None])
+    def open(self, n_rows: int) -> None:
+        self.caches = [self._new_cache() for _ in range(n_rows)]
 
     @torch.inference_mode()
-    def _forward(self, tokens: np.ndarray) -> np.ndarray:
-        was_training = self.model.training
-        self.model.eval()
-        ids = torch.from_numpy(tokens.astype(np.int64)).to(self.model.head.weight.device)
-        logits = self.model(ids, cache=self.cache, positions=slice(-1, None))[:, 0]
-        self.model.train(was_training)
-        return logits.float().cpu().numpy()
+    def read(
+        self, rows: Sequence[int], tokens: Sequence[np.ndarray], *, every: bool = False
+    ) -> np.ndarray:
+        positions = slice(None) if every else slice(-1, None)
+        device, logits = self.model.head.weight.device, []
+        with _evaluating(self.model):
+            for row, new in zip(rows, tokens, strict=True):
+                ids = torch.from_numpy(np.array(new, dtype=np.int64))[None].to(device)
+                out = self.model(ids, cache=self.caches[row], positions=positions)[0]  # (T', V)
+                logits.append(out.float().cpu().numpy())
+        return np.concatenate(logits)
+
+    def rewind(self, row: int, length: int = 0) -> None:
+        self.caches[row].length = length
+
+    def copy(self, source: int, targets: Sequence[int]) -> None:
+        for target in targets:
+            self.caches[target] = self.caches[source].clone()
+
+    def _new_cache(self) -> KVCache:
+        weight = self.model.head.weight
+        return KVCache(self.config, batch=1, dtype=weight.dtype, device=weight.device)
+
+
+@contextmanager
+def _evaluating(model: GPT):
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
