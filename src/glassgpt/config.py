@@ -222,6 +222,15 @@ class ModelConfig:
         """All trained numbers; a tied head counts once."""
         return sum(math.prod(shape) for shape in self.weight_shapes.values())
 
+    @property
+    def n_decoding_weights(self) -> int:
+        """Weights that the choice of one token reads: all but the tables it takes a row of."""
+        tables = {"position_embedding.weight"}
+        if not self.tie_embeddings:
+            tables.add("token_embedding.weight")
+        shapes = self.weight_shapes
+        return sum(math.prod(shape) for name, shape in shapes.items() if name not in tables)
+
     def flops_per_token(self, context_length: int | None = None) -> int:
         """Multiplications and additions of one training step, per token, matrix products only.
 

@@ -18,6 +18,8 @@ class Engine(Protocol):
     """Some rows, each the tokens of one text read so far; they may differ in length."""
 
     config: ModelConfig
+    name: str  # "numba int8", say
+    bytes_per_token: int  # of weights that one decoding step reads, however many rows it serves
 
     def open(self, n_rows: int) -> None:
         """Forget everything; from now on there are `n_rows` rows without tokens."""

@@ -19,6 +19,9 @@ class ReferenceEngine:
         self.model = model
         self.config = model.config
         self.caches: list[KVCache] = []
+        dtype = model.head.weight.dtype
+        self.name = f"torch {str(dtype).removeprefix('torch.')}"
+        self.bytes_per_token = model.config.n_decoding_weights * dtype.itemsize
 
     def open(self, n_rows: int) -> None:
         self.caches = [self._new_cache() for _ in range(n_rows)]
