@@ -16,11 +16,11 @@ from glassgpt import hub
 from glassgpt.checkpoint import Checkpoint, load_model
 from glassgpt.convert.nanogpt import load_nanogpt
 from glassgpt.convert.openai_tf import files_of, is_openai, load_openai
-from glassgpt.data.download import cache_dir, download
+from glassgpt.data.download import download
 from glassgpt.data.vocabulary import GPT2_FILES, build_tokenizer
 from glassgpt.errors import UserError, explain_os_errors
 from glassgpt.runlog import ByteProgress, Progress
-from glassgpt.system import write_file
+from glassgpt.system import cache_dir, write_file
 from glassgpt.tokenizer import Tokenizer, fingerprint
 
 _OPENAI = "openai:"

@@ -35,6 +35,15 @@ def write_file(path: Path, content: bytes) -> None:
             raise
 
 
+def cache_dir() -> Path:
+    """Where files are kept: $GLASSGPT_CACHE, else glassgpt in $XDG_CACHE_HOME or ~/.cache."""
+    if chosen := os.environ.get("GLASSGPT_CACHE"):
+        return Path(chosen).expanduser()
+    if shared := os.environ.get("XDG_CACHE_HOME"):
+        return Path(shared) / "glassgpt"
+    return Path.home() / ".cache" / "glassgpt"
+
+
 def sha256_of(path: Path) -> str:
     """The SHA-256 of a file in hexadecimal."""
     with open(path, "rb", buffering=0) as file:

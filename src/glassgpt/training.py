@@ -32,13 +32,12 @@ from glassgpt.config import (
 )
 from glassgpt.data import sources
 from glassgpt.data.batches import Dataset, is_prepared, load_data
-from glassgpt.data.download import cache_dir
 from glassgpt.data.prepare import data_key, prepare
 from glassgpt.errors import UserError, explain_os_errors
 from glassgpt.model import crop_positions, load_weights
 from glassgpt.pretrained import load_pretrained, tokenizer_file
 from glassgpt.runlog import ByteProgress, Progress, program, require_loggers
-from glassgpt.system import exclusive
+from glassgpt.system import cache_dir, exclusive
 from glassgpt.trainer import Trainer, TrainResult
 
 # All that a run directory may hold: --overwrite deletes nothing that somebody else put there.

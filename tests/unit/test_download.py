@@ -20,9 +20,10 @@ import pytest
 
 from glassgpt.data import download as module
 from glassgpt.data.corpora import CORPORA, Corpus, RemoteFile, fetch
-from glassgpt.data.download import RangeFile, cache_dir, download
+from glassgpt.data.download import RangeFile, download
 from glassgpt.data.sources import fingerprint, read_pieces, resolve, total_bytes
 from glassgpt.errors import UserError
+from glassgpt.system import cache_dir
 
 DATA = random.Random(0).randbytes(300_000)
 URL = "https://files.example/books/one.bin"

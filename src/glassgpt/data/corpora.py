@@ -14,9 +14,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from glassgpt.data.download import TIMEOUT, cache_dir, download
+from glassgpt.data.download import TIMEOUT, download
 from glassgpt.errors import UserError, explain_os_errors
-from glassgpt.system import write_file
+from glassgpt.system import cache_dir, write_file
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Files from the net: fetched once, resumed where they stopped, checked before they get their name.
 
-    from glassgpt.data.download import cache_dir, download
+    from glassgpt.data.download import download
     download(url, cache_dir() / "corpora" / "book.txt", sha256="86c4e6aa...")
 
 Behind a mirror, set GLASSGPT_MIRROR: `https://host/path` is then fetched from
@@ -29,15 +29,6 @@ TIMEOUT = 30.0  # seconds without a single byte, after which a server counts as 
 RETRIES = 4  # tries in a row that may get us no further than the one before
 RETRY_PAUSE = 1.0  # seconds before the first of these; each next one waits twice as long
 _BUSY = {408, 429, 500, 502, 503, 504}  # HTTP answers that may be better in a moment
-
-
-def cache_dir() -> Path:
-    """Where files are kept: $GLASSGPT_CACHE, else glassgpt in $XDG_CACHE_HOME or ~/.cache."""
-    if chosen := os.environ.get("GLASSGPT_CACHE"):
-        return Path(chosen).expanduser()
-    if shared := os.environ.get("XDG_CACHE_HOME"):
-        return Path(shared) / "glassgpt"
-    return Path.home() / ".cache" / "glassgpt"
 
 
 def download(

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
-from glassgpt.data.download import cache_dir, download
+from glassgpt.data.download import download
 from glassgpt.errors import UserError, nearest
+from glassgpt.system import cache_dir
 from glassgpt.tokenizer import (
     CharTokenizer,
     Tokenizer,

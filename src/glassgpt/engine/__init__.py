@@ -31,8 +31,8 @@ class Engine(Protocol):
         """Row rows[i] reads tokens[i] (T_i,), one at least, behind what it has read already.
 
         Returns float32 logits (len(rows), V) of what follows the last token of each, or with
-        `every` those after each token, (T_0 + T_1 + ..., V). A row is listed once at most, and
-        never grows beyond the context.
+        `every` those after each token, (T_0 + T_1 + ..., V); they may be overwritten by the next
+        call. A row is listed once at most, and never grows beyond the context.
         """
         ...
 

@@ -1,6 +1,6 @@
 """Which engine for this model on this machine?
 
-    engine = build_engine(load_pretrained("runs/book"), weights="int8")
+engine = build_engine(load_pretrained("runs/book"), weights="int8")
 """
 
 from __future__ import annotations

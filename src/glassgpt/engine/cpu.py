@@ -1,0 +1,370 @@
+"""Decoding on a CPU without torch: `NumbaEngine` (compiled, all cores), `NumpyEngine` (anywhere).
+
+    engine = NumbaEngine(config, weights, "int8"); engine.open(1); logits = engine.read([0], [ids])
+
+`NumpyEngine` is numpy_gpt.py with a cache that is not copied; `NumbaEngine` arranges the same
+weights for kernels.py and runs it in as many threads as there are cores.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+
+from glassgpt import numpy_gpt
+from glassgpt.config import ModelConfig
+from glassgpt.engine.quantize import (
+    GROUP,
+    PANEL,
+    ROWS,
+    WeightPrecision,
+    packed_sizes,
+    padded,
+    quantize,
+    quantize_into,
+)
+from glassgpt.system import cache_dir, usable_cores
+
+Weights = Mapping[str, np.ndarray]
+_BLOCK = 64  # tokens of one pass: many enough to use each weight well, few enough for the caches
+_FIRST_CAPACITY = 256  # positions; doubled when they are used up
+_WORTH_A_THREAD = 4_000_000  # multiplications; below, waking a thread costs more than it saves
+
+
+def precision_of(name: str, config: ModelConfig, weights: WeightPrecision) -> WeightPrecision:
+    """How the weight `name` is stored.
+
+    With int4 the head has 8 bits (llama.cpp's Q4_0 files give it 6): each of its rows makes a
+    logit. A table of embeddings that is not the head as well is never read as a whole.
+    """
+    head = "token_embedding.weight" if config.tie_embeddings else "head.weight"
+    if weights != "float32" and name == head:
+        return "int8"
+    matrix = name.endswith(".weight") and (".mlp." in name or name.split(".")[-2] in ("qkv", "out"))
+    return weights if matrix else "float32"
+
+
+# -- NumPy alone ---------------------------------------------------------------------------------
+
+
+class _RowCache(numpy_gpt.Cache):
+    """Keys and values of one row, written in place; doubled when full."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        first = min(_FIRST_CAPACITY, config.context_length)
+        shape = (config.n_layer, 2, config.n_kv_head, first, config.head_dim)
+        self.limit, self.memory = config.context_length, np.empty(shape, np.float32)
+
+    def extend(self, layer: int, k: np.ndarray, v: np.ndarray) -> np.ndarray:
+        end = self.length + k.shape[1]
+        if end > self.memory.shape[3]:
+            self.memory = _longer(self.memory, end, self.limit)
+        self.memory[layer, 0, :, self.length : end] = k
+        self.memory[layer, 1, :, self.length : end] = v
+        return self.memory[layer, :, :, :end]
+
+    def copy_of(self, other: _RowCache) -> None:
+        self.length, self.memory = other.length, other.memory.copy()
+
+
+def _longer(memory: np.ndarray, needed: int, limit: int) -> np.ndarray:
+    """The same with room for more positions, which are the last but one axis."""
+    *before, capacity, width = memory.shape
+    longer = np.zeros((*before, min(limit, max(needed, 2 * capacity)), width), memory.dtype)
+    longer[..., :capacity, :] = memory
+    return longer
+
+
+class NumpyEngine:
+    """An `Engine` that needs NumPy only. Rows are computed one after the other.
+
+    Quantised weights give what they give elsewhere, but are unpacked on loading: no byte less is
+    read.
+    """
+
+    def __init__(
+        self, config: ModelConfig, weights: Weights, precision: WeightPrecision = "float32"
+    ) -> None:
+        self.config = config
+        self.weights = {
+            name: _as_float32(weights[name], precision_of(name, config, precision))
+            for name in config.weight_shapes
+        }
+        self.name = f"numpy {precision}"
+        self.bytes_per_token = 4 * config.n_decoding_weights
+        self.rows: list[_RowCache] = []
+
+    def open(self, n_rows: int) -> None:
+        self.rows = [_RowCache(self.config) for _ in range(n_rows)]
+
+    def read(
+        self, rows: Sequence[int], tokens: Sequence[np.ndarray], *, every: bool = False
+    ) -> np.ndarray:
+        positions, logits = slice(None) if every else slice(-1, None), []
+        for row, new in zip(rows, tokens, strict=True):
+            last = len(new) - 1
+            for start in range(0, len(new), _BLOCK):
+                block = np.asarray(new[start : start + _BLOCK])
+                out = numpy_gpt.forward(block, self.weights, self.config, self.rows[row], positions)
+                if every or start + _BLOCK > last:
+                    logits.append(out)
+        return np.concatenate(logits)
+
+    def rewind(self, row: int, length: int = 0) -> None:
+        self.rows[row].length = length
+
+    def copy(self, source: int, targets: Sequence[int]) -> None:
+        for target in targets:
+            self.rows[target].copy_of(self.rows[source])
+
+
+def _as_float32(array: np.ndarray, precision: WeightPrecision) -> np.ndarray:
+    array = np.asarray(array, dtype=np.float32)
+    if precision == "float32":
+        return array
+    return quantize(array, precision).dequantize()[:, : array.shape[1]]
+
+
+# -- compiled kernels ----------------------------------------------------------------------------
+
+
+@cache
+def load_kernels() -> ModuleType:
+    """kernels.py, whose compiled code is kept in the cache folder for as long as its source, the
+    compiler and the processor stay the same. Raises ImportError without Numba."""
+    import numba
+
+    before, numba.config.CACHE_DIR = numba.config.CACHE_DIR, str(kernel_folder())  # type: ignore
+    try:
+        return importlib.import_module("glassgpt.engine.kernels")
+    finally:
+        numba.config.CACHE_DIR = before  # type: ignore
+
+
+@cache
+def kernel_folder() -> Path:
+    import numba
+
+    digest = hashlib.sha256(f"{numba.__version__} {platform.python_version()}".encode())
+    for name in ("kernels", "simd", "quantize"):
+        digest.update((Path(__file__).parent / f"{name}.py").read_bytes())
+    return cache_dir() / "kernels" / digest.hexdigest()[:16]
+
+
+class NumbaEngine:
+    """An `Engine` of compiled kernels: rows of a batch share each reading of the weights."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Weights,
+        precision: WeightPrecision = "float32",
+        *,
+        threads: int | None = None,
+        say: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        self.config, self.precision, self.say = config, precision, say
+        self.kernels = load_kernels()
+        self.threads = threads or usable_cores()
+        self.model = _arrange(self.kernels, config, weights, precision)
+        self.work = _make_room(self.kernels, config, self.threads)
+        self.helpers = ThreadPoolExecutor(max(1, self.threads - 1), "glassgpt-decode")
+        self.sync = np.zeros(8 * (4 * config.n_layer + 2), np.int64)
+        self.name = f"numba {precision}"
+        head = self.model.head
+        parts = (self.model.qkv, self.model.out, self.model.up, self.model.down, head)
+        self.bytes_per_token = sum(part.numbers.nbytes + part.scales.nbytes for part in parts)
+        self._warm = False
+        self.open(0)
+
+    def open(self, n_rows: int) -> None:
+        config = self.config
+        capacity = min(_FIRST_CAPACITY, config.context_length)
+        self.lengths = [0] * n_rows
+        width = padded(config.head_dim, PANEL)
+        shape = (2, config.n_layer, n_rows, config.n_kv_head, capacity, width)
+        self.cache = np.zeros(shape, np.float32 if self.precision == "float32" else np.uint16)
+        self._fit(capacity)
+
+    def read(
+        self, rows: Sequence[int], tokens: Sequence[np.ndarray], *, every: bool = False
+    ) -> np.ndarray:
+        ends = [self.lengths[row] + len(new) for row, new in zip(rows, tokens, strict=True)]
+        if max(ends) > self.cache.shape[4]:
+            self.cache = _longer(self.cache, max(ends), self.config.context_length)
+            self._fit(self.cache.shape[4])
+        counts = [len(new) for new in tokens]
+        flat = np.concatenate([np.asarray(new, np.int64) for new in tokens])
+        owners = np.repeat(np.asarray(rows, np.int64), counts)
+        ends = np.asarray(ends)
+        places = np.arange(len(flat)) + np.repeat(ends - np.cumsum(counts), counts)
+        wanted = np.arange(len(flat)) if every else np.cumsum(counts) - 1
+        parts = []
+        for start in range(0, len(flat), _BLOCK):
+            block = slice(start, start + _BLOCK)
+            mine = wanted[(wanted >= start) & (wanted < start + _BLOCK)] - start
+            self._run(flat[block], owners[block], places[block], mine)
+            parts.append(self.work.logits[: len(mine), : self.config.vocab_size])
+            if len(flat) > _BLOCK:
+                parts[-1] = parts[-1].copy()
+        for row, end in zip(rows, ends.tolist(), strict=True):
+            self.lengths[row] = end
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def rewind(self, row: int, length: int = 0) -> None:
+        self.lengths[row] = length
+
+    def copy(self, source: int, targets: Sequence[int]) -> None:
+        length = self.lengths[source]
+        for target in targets:
+            self.cache[:, :, target, :, :length] = self.cache[:, :, source, :, :length]
+            self.lengths[target] = length
+
+    def _run(self, tokens, rows, positions, wanted) -> None:
+        """One pass of up to _BLOCK tokens; this thread is number 0."""
+        if not self._warm:
+            self._announce()
+        worth = len(tokens) * self.config.n_decoding_weights // _WORTH_A_THREAD
+        threads = max(1, min(self.threads, worth))
+        self.sync.fill(0)
+        shared = (threads, self.sync, self.model, self.work, self.cache, tokens, rows, positions,
+                  wanted, self.precision != "float32")  # fmt: skip
+        forward = self.kernels.forward
+        others = [self.helpers.submit(forward, me, *shared) for me in range(1, threads)]
+        forward(0, *shared)
+        for other in others:
+            other.result()
+        if not self._warm:
+            self._warm = True
+            (kernel_folder() / self.precision).touch()
+
+    def _announce(self) -> None:
+        if not (kernel_folder() / self.precision).exists():
+            self.say(f"compiling the {self.precision} kernels, once on this machine ...")
+
+    def _fit(self, capacity: int) -> None:
+        """Tables and buffers whose size follows the cache's."""
+        self.work = self.work._replace(scores=np.empty((self.threads, capacity), np.float32))
+        if self.config.position == "rope":
+            angles = np.outer(np.arange(capacity), self.config.rope_frequencies)
+            cos, sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+            self.model = self.model._replace(cos=cos, sin=sin)
+
+
+# -- how the kernels want the weights ------------------------------------------------------------
+
+
+def _arrange(
+    kernels: ModuleType, config: ModelConfig, weights: Weights, precision: WeightPrecision
+):
+    """All weights, those of one kind stacked over the layers: kernels.Model."""
+    layers, learned = range(config.n_layer), config.position == "learned"
+
+    def matrix(*names: str):
+        stacks = [[f"blocks.{i}.{name}" for name in names] for i in layers]
+        return _matrix(kernels, config, weights, stacks, precision)
+
+    no_rows, no_angles = np.empty((0, config.n_embd), np.float32), np.empty((0, 0), np.float32)
+    head = "token_embedding" if config.tie_embeddings else "head"
+    head_precision = precision_of(f"{head}.weight", config, precision)
+    return kernels.Model(
+        shape=_shape(kernels, config),
+        tokens=no_rows if config.tie_embeddings else _float32(weights["token_embedding.weight"]),
+        positions=_float32(weights["position_embedding.weight"]) if learned else no_rows,
+        cos=no_angles,
+        sin=no_angles,
+        attn_norm=_norms(config, weights, [f"blocks.{i}.attn_norm" for i in layers]),
+        qkv=matrix("attn.qkv"),
+        qk_norms=_qk_norms(config, weights),
+        out=matrix("attn.out"),
+        mlp_norm=_norms(config, weights, [f"blocks.{i}.mlp_norm" for i in layers]),
+        up=matrix(*(["mlp.gate"] if config.activation == "swiglu" else []), "mlp.up"),
+        down=matrix("mlp.down"),
+        final_norm=_norms(config, weights, ["final_norm"]),
+        head=_matrix(kernels, config, weights, [[head]], head_precision),
+    )
+
+
+def _shape(kernels: ModuleType, config: ModelConfig):
+    return kernels.Shape(
+        config.n_layer, config.n_head, config.n_kv_head, config.head_dim, config.n_embd,
+        config.n_hidden, kernels.ACTIVATIONS[config.activation], config.norm == "layernorm",
+        config.position == "rope", config.qk_norm, config.norm_eps,
+    )  # fmt: skip
+
+
+def _float32(array: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(array, dtype=np.float32)
+
+
+def _norms(config: ModelConfig, weights: Weights, names: list[str]) -> np.ndarray:
+    """(len(names), 2, C): weight, bias."""
+    norms = np.zeros((len(names), 2, config.n_embd), np.float32)
+    for norm, name in zip(norms, names, strict=True):
+        norm[0] = weights[f"{name}.weight"]
+        if config.bias:
+            norm[1] = weights[f"{name}.bias"]
+    return norms
+
+
+def _qk_norms(config: ModelConfig, weights: Weights) -> np.ndarray:
+    """(L, 2, 2, D): of queries and keys; weight and a bias of zeros."""
+    norms = np.zeros((config.n_layer, 2, 2, config.head_dim), np.float32)
+    if config.qk_norm:
+        for layer in range(config.n_layer):
+            for i, name in enumerate(("q_norm", "k_norm")):
+                norms[layer, i, 0] = weights[f"blocks.{layer}.attn.{name}.weight"]
+    return norms
+
+
+def _matrix(
+    kernels: ModuleType, config: ModelConfig, weights: Weights, layers: list[list[str]],
+    precision: WeightPrecision,
+):  # fmt: skip
+    """One matrix of each layer, made of those that `layers` names, one below the other."""
+    shapes = [config.weight_shapes[f"{name}.weight"] for name in (layers or [[]])[0]]
+    m, n = sum(shape[0] for shape in shapes), shapes[0][1] if shapes else 1
+    rows, L = padded(m, ROWS), len(layers)
+    bias = np.zeros((L, rows), np.float32)
+    if precision == "float32":
+        numbers, scales = np.zeros((L, rows, n), np.float32), np.empty((L, 0), np.float32)
+    else:
+        sizes = packed_sizes(rows, n, precision)
+        numbers = np.empty((L, sizes[0]), np.int8 if precision == "int8" else np.int16)
+        scales = np.empty((L, sizes[1]), np.float32)
+    for layer, names in enumerate(layers):
+        parts = [weights[f"{name}.weight"] for name in names]
+        full = _float32(parts[0] if len(parts) == 1 else np.concatenate(parts))
+        if precision == "float32":
+            numbers[layer, :m] = full
+        else:
+            quantize_into(numbers[layer], scales[layer], full, precision)
+        if config.bias and f"{names[0]}.bias" in weights:
+            bias[layer, :m] = np.concatenate([weights[f"{name}.bias"] for name in names])
+    return kernels.Matrix(numbers, scales, bias)
+
+
+def _make_room(kernels: ModuleType, config: ModelConfig, threads: int):
+    """Buffers for a pass of up to _BLOCK tokens; those with scores come with the cache."""
+    heads, kv = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
+    hidden = config.n_hidden * (2 if config.activation == "swiglu" else 1)
+    widest = padded(max(config.n_embd, heads + 2 * kv, hidden) + PANEL, ROWS)
+    return kernels.Work(
+        x=np.zeros((_BLOCK, padded(config.n_embd, ROWS)), np.float32),
+        a=np.zeros((_BLOCK, widest), np.float32),
+        b=np.zeros((_BLOCK, widest), np.float32),
+        whole=np.zeros((_BLOCK, widest), np.int16),
+        unit=np.zeros((_BLOCK, -(-widest // kernels.SPAN)), np.float32),
+        scores=np.empty((threads, 0), np.float32),
+        head=np.zeros((threads, padded(config.head_dim, PANEL)), np.float32),
+        logits=np.empty((_BLOCK, padded(config.vocab_size, ROWS)), np.float32),
+    )
