@@ -11,7 +11,7 @@ no model and no torch.
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -40,8 +40,8 @@ class Piece:
 
 def penalize_repetition(logits: np.ndarray, seen: np.ndarray, penalty: float) -> np.ndarray:
     """Lower the tokens in `seen` (ids): CTRL, arXiv:1909.05858, section 4.1."""
-    logits = logits.copy()
-    seen = np.unique(seen[seen < len(logits)])  # a padded vocabulary has ids that none draws
+    logits = np.array(logits, dtype=np.float64)
+    seen = seen[seen < len(logits)]  # a padded vocabulary has ids that none draws
     logits[seen] = np.where(logits[seen] > 0, logits[seen] / penalty, logits[seen] * penalty)
     return logits
 
@@ -50,20 +50,26 @@ def keep_top_k(logits: np.ndarray, k: int) -> np.ndarray:
     """Exactly the k largest; of equal ones the lowest ids."""
     if k >= len(logits):
         return logits
-    kept = np.argsort(-logits, kind="stable")[:k]
-    filtered = np.full_like(logits, -np.inf)
-    filtered[kept] = logits[kept]
-    return filtered
+    least = np.partition(logits, -k)[-k]  # a sort of GPT-2's vocabulary takes ten times as long
+    above, equal = np.flatnonzero(logits > least), np.flatnonzero(logits == least)
+    return _keep(logits, np.concatenate([above, equal[: k - len(above)]]))
 
 
 def keep_top_p(logits: np.ndarray, p: float) -> np.ndarray:
     """The fewest tokens whose probabilities reach p (nucleus sampling, arXiv:1904.09751)."""
-    order = np.argsort(-logits, kind="stable")
-    before = np.cumsum(probabilities(logits)[order])
-    n = int(np.searchsorted(before, p)) + 1
-    filtered = np.full_like(logits, -np.inf)
-    filtered[order[:n]] = logits[order[:n]]
-    return filtered
+    if p >= 1:
+        return logits
+    left = np.flatnonzero(logits > -np.inf)  # few after top-k
+    values = logits[left]
+    chance = probabilities(values)
+    # Sorting GPT-2's vocabulary takes 5 ms. So tokens go by steps of 1/16 below the likeliest,
+    # and only those of the step on which p is reached are sorted.
+    step = np.minimum(16 * (values.max() - values), 2000).astype(np.int64)
+    last = np.searchsorted(np.cumsum(np.bincount(step, chance)), p)
+    above, border = np.flatnonzero(step < last), np.flatnonzero(step == last)
+    border = border[np.argsort(-values[border], kind="stable")]
+    n = int(np.searchsorted(chance[above].sum() + np.cumsum(chance[border]), p)) + 1
+    return _keep(logits, left[np.concatenate([above, border[:n]])])
 
 
 def keep_min_p(logits: np.ndarray, p: float) -> np.ndarray:
@@ -71,22 +77,35 @@ def keep_min_p(logits: np.ndarray, p: float) -> np.ndarray:
     return np.where(logits >= logits.max() + np.log(p), logits, -np.inf)
 
 
+def _keep(logits: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    filtered = np.full_like(logits, -np.inf)
+    filtered[ids] = logits[ids]
+    return filtered
+
+
 def probabilities(logits: np.ndarray) -> np.ndarray:
     """Softmax of (V,) logits in float64."""
-    weights = np.exp(logits.astype(np.float64) - logits.max())
-    return weights / weights.sum()
+    weights = np.subtract(logits, logits.max(), dtype=np.float64)
+    np.exp(weights, out=weights)
+    weights /= weights.sum()
+    return weights
 
 
-def filter_logits(logits: np.ndarray, seen: Sequence[int], how: Sampling) -> np.ndarray:
-    """All filters of `how`, in order. Temperature 0 leaves only the likeliest token."""
-    logits = logits.astype(np.float64)
-    if not (np.all(logits < np.inf) and np.isfinite(logits.max())):
-        raise UserError("the model's logits are not numbers (NaN): its weights are broken")
-    if how.repetition_penalty is not None and len(seen):
-        logits = penalize_repetition(logits, np.asarray(seen), how.repetition_penalty)
+def filter_logits(logits: np.ndarray, seen: Collection[int], how: Sampling) -> np.ndarray:
+    """All filters of `how`, in order; `seen`: ids for the repetition penalty, in any order.
+
+    Temperature 0 leaves only the likeliest token. Raises `UserError` for NaN and infinity.
+    """
+    largest = logits.max()  # NaN if there is one anywhere
+    if not np.isfinite(largest):
+        what = "NaN" if np.isnan(largest) else "infinite"
+        raise UserError(f"the model's logits are {what}: its weights are broken")
+    if how.repetition_penalty is not None:
+        ids = np.fromiter(seen, dtype=np.int64, count=len(seen))
+        logits = penalize_repetition(logits, ids, how.repetition_penalty)
     if how.temperature < 1e-100:  # the quotient would overflow, and nothing else has a chance
-        return keep_top_k(logits, 1)
-    logits = logits / how.temperature
+        return _keep(logits, np.array([logits.argmax()]))
+    logits = np.divide(logits, how.temperature, dtype=np.float64)
     if how.top_k is not None:
         logits = keep_top_k(logits, how.top_k)
     if how.top_p is not None:
@@ -99,9 +118,10 @@ def filter_logits(logits: np.ndarray, seen: Sequence[int], how: Sampling) -> np.
 def draw(logits: np.ndarray, *, seed: int, sample: int, position: int) -> int:
     """One token id from (V,) logits; the random number is a function of its three coordinates."""
     generator = np.random.Generator(np.random.Philox(key=[seed, sample], counter=position))
-    cumulative = np.cumsum(probabilities(logits))
+    ids = np.flatnonzero(logits > -np.inf)
+    cumulative = np.cumsum(probabilities(logits[ids]))
     index = np.searchsorted(cumulative, generator.random() * cumulative[-1], side="right")
-    return int(min(index, np.flatnonzero(np.isfinite(logits))[-1]))
+    return int(ids[min(index, len(ids) - 1)])
 
 
 # -- the loop ------------------------------------------------------------------------------------
