@@ -90,8 +90,8 @@ class LoadedModel:
         how = Sampling(**options)
         ids = self.encode_prompt(prompt)
         if stream:
-            return _stream(self.engine, self.tokenizer, ids, how)
-        pieces = complete(self.engine, self.tokenizer, ids, how)
+            return _stream(self.engine, self.tokenizer, [ids], how)
+        pieces = complete(self.engine, self.tokenizer, [ids], how)
         return pieces if how.num_samples > 1 else pieces[0]
 
 
@@ -108,14 +108,14 @@ def print_samples(model: LoadedModel, prompt: str, how: Sampling, *, show_prompt
     if how.num_samples == 1:
         print(opening, end="", flush=True)
         reason = None
-        for piece in stream(model.engine, model.tokenizer, ids, how):
+        for piece in stream(model.engine, model.tokenizer, [ids], how):
             print(piece.text, end="", flush=True)
             reason = piece.finish_reason or reason
         print(flush=True)
         print(f"[{reason}]", file=sys.stderr)
         return
     texts, reasons, shown = defaultdict(str), {}, 0
-    for piece in stream(model.engine, model.tokenizer, ids, how):
+    for piece in stream(model.engine, model.tokenizer, [ids], how):
         texts[piece.sample] += piece.text
         if piece.finish_reason:
             reasons[piece.sample] = piece.finish_reason
