@@ -404,6 +404,26 @@ def test_generate_takes_text_or_ids() -> None:
     assert several[0] == piece
 
 
+def test_generate_takes_several_prompts() -> None:
+    model = loaded(tiny_config())
+    hello, a = model.tokenizer.encode("hello"), model.tokenizer.encode("a")
+    alone = [model.generate(prompt, max_new_tokens=9) for prompt in ("hello", "", "a")]
+    for prompts in (["hello", "", "a"], [hello, [], "a"], (tuple(hello), "", a)):
+        pieces = model.generate(prompts, max_new_tokens=9)
+        assert [piece.text for piece in pieces] == [piece.text for piece in alone]
+        assert [piece.prompt for piece in pieces] == [0, 1, 2]
+    several = model.generate(["hello", ""], max_new_tokens=9, num_samples=2)
+    assert [len(samples) for samples in several] == [2, 2]
+    assert several[1] == [replace(piece, prompt=1) for piece in
+                          model.generate("", max_new_tokens=9, num_samples=2)]  # fmt: skip
+    streamed = list(model.generate(["hello", ""], max_new_tokens=9, num_samples=2, stream=True))
+    assert text_of([piece for piece in streamed if piece.prompt == 1], 1) == several[1][1].text
+    # One of many is a list, and a list of ids, also an empty one, is a single prompt.
+    assert model.generate(["hello"], max_new_tokens=9) == [alone[0]]
+    assert model.generate([], max_new_tokens=9) == alone[1]
+    assert model.generate([[]], max_new_tokens=9) == [alone[1]]
+
+
 def test_a_prompt_may_hold_the_end_of_text() -> None:
     model = loaded(tiny_config(vocab_size=257), byte_tokenizer())
     piece = model.generate("a<|endoftext|>b", max_new_tokens=9)
@@ -437,7 +457,7 @@ def test_a_prompt_of_padded_ids_is_no_crash() -> None:
     assert model.generate([39, 1], max_new_tokens=3, repetition_penalty=1.2).text  # type: ignore
 
 
-@pytest.mark.parametrize("prompt", [None, 3, ["a"], [0.5]])
+@pytest.mark.parametrize("prompt", [None, 3, [None], [0.5], [["a"]], ["a", 3], [[1], None]])
 def test_prompts_of_other_types_are_refused(prompt: Any) -> None:
     with pytest.raises(UserError, match="text or a list of token ids"):
         loaded(tiny_config()).generate(prompt)
