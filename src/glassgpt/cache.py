@@ -12,7 +12,6 @@ import torch
 
 from glassgpt.config import ModelConfig
 
-
 _FIRST_CAPACITY = 256  # a whole context of 131,072 positions would be gigabytes
 
 
