@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from glassgpt.model import GPT
 
 
+Prompt = str | Sequence[int]
+
+
 class LoadedModel:
     """Weights, tokenizer and config of a run directory."""
 
@@ -76,26 +79,37 @@ class LoadedModel:
         return tokens
 
     def generate(
-        self, prompt: str | Sequence[int] = "", *, stream: bool = False, **options: Any
-    ) -> Piece | list[Piece] | Iterator[Piece]:
+        self, prompt: Prompt | Sequence[Prompt] = "", *, stream: bool = False, **options: Any
+    ) -> Piece | list[Piece] | list[list[Piece]] | Iterator[Piece]:
         """Continue `prompt`; options are the fields of `glassgpt.generate.Sampling`.
 
-        Returns a `Piece` (`.text`, `.finish_reason`), a list of them for num_samples > 1, or
-        with `stream=True` an iterator of pieces as they come.
+        Returns a `Piece` (`.text`, `.finish_reason`), or a list of them for num_samples > 1. Of
+        a list of prompts, each continues as it would alone: returns a list of what each gives.
+        With `stream=True`, an iterator of pieces as they come (`.prompt`, `.sample`: of which).
         """
         names = Sampling.__dataclass_fields__
         for name in options:
             if name not in names:
                 raise UserError(f"unknown option {name!r}.{nearest(name, names)}")
         how = Sampling(**options)
-        ids = self.encode_prompt(prompt)
+        several = _is_several(prompt)
+        prompts = [self.encode_prompt(one) for one in (prompt if several else [prompt])]  # type: ignore
         if stream:
-            return _stream(self.engine, self.tokenizer, ids, how)
-        pieces = complete(self.engine, self.tokenizer, ids, how)
-        return pieces if how.num_samples > 1 else pieces[0]
+            return _stream(self.engine, self.tokenizer, prompts, how)
+        pieces, n = complete(self.engine, self.tokenizer, prompts, how), how.num_samples
+        starts = range(0, len(pieces), n)
+        completed = [pieces[i : i + n] for i in starts] if n > 1 else pieces
+        return completed if several else completed[0]
 
 
 _stream = stream  # `generate` has an argument of the same name
+
+
+def _is_several(prompt: object) -> bool:
+    """Whether this is a list of prompts; a list of ids, also an empty one, is a single one."""
+    if isinstance(prompt, str) or not isinstance(prompt, Sequence):
+        return False
+    return any(isinstance(one, Sequence) for one in prompt)
 
 
 def print_samples(model: LoadedModel, prompt: str, how: Sampling, *, show_prompt: bool) -> None:
@@ -103,19 +117,19 @@ def print_samples(model: LoadedModel, prompt: str, how: Sampling, *, show_prompt
     note = unknown_note(model.tokenizer, prompt)
     if note:
         print(f"note: {note}", file=sys.stderr)
-    ids = model.encode_prompt(prompt)
+    prompts = [model.encode_prompt(prompt)]
     opening = prompt if show_prompt else ""
     if how.num_samples == 1:
         print(opening, end="", flush=True)
         reason = None
-        for piece in stream(model.engine, model.tokenizer, ids, how):
+        for piece in stream(model.engine, model.tokenizer, prompts, how):
             print(piece.text, end="", flush=True)
             reason = piece.finish_reason or reason
         print(flush=True)
         print(f"[{reason}]", file=sys.stderr)
         return
     texts, reasons, shown = defaultdict(str), {}, 0
-    for piece in stream(model.engine, model.tokenizer, ids, how):
+    for piece in stream(model.engine, model.tokenizer, prompts, how):
         texts[piece.sample] += piece.text
         if piece.finish_reason:
             reasons[piece.sample] = piece.finish_reason

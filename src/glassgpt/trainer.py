@@ -336,7 +336,7 @@ class Trainer:
         prompt = self.config.sample_prompt
         ids = tokenizer.encode(prompt, special=True) if prompt else []
         how = Sampling(max_new_tokens=self.config.sample_tokens, temperature=0.8, top_k=200)
-        [piece] = complete(ReferenceEngine(self.model), tokenizer, ids, how)
+        [piece] = complete(ReferenceEngine(self.model), tokenizer, [ids], how)
         text = (prompt or "") + piece.text
         self.samples = [*self.samples[:1], text]
         write_sample(self.run / "samples.md", self.step, text)

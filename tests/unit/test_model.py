@@ -166,6 +166,36 @@ def test_a_full_cache_takes_no_more() -> None:
             model(random_tokens(config, B=1, T=3), cache=cache)
 
 
+@torch.inference_mode()
+def test_a_cache_grows_as_it_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("glassgpt.cache._FIRST_CAPACITY", 2)
+    config = tiny_config("modern")
+    model, tokens = tiny_model(config), random_tokens(config, B=3, T=13)
+    cache, parts, capacities = KVCache(config, batch=3), [], []
+    for part in tokens.split([2, 1, 2, 4, 4], dim=1):
+        parts.append(model(part, cache=cache))
+        capacities.append(cache.capacity)
+    assert_close(torch.cat(parts, dim=1), model(tokens))
+    assert capacities == [2, 4, 8, 13, 13]  # doubled, up to the context
+
+
+@torch.inference_mode()
+def test_the_clone_of_a_cache_goes_its_own_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("glassgpt.cache._FIRST_CAPACITY", 6)
+    config = tiny_config("modern")
+    model, tokens, others = tiny_model(config), *random_tokens(config, B=2, T=9)[:, None]
+    cache = KVCache(config, batch=1)
+    model(tokens[:, :4], cache=cache)
+    clone = cache.clone()
+    others[:, :4] = tokens[:, :4]
+    for end in (5, 9):  # within what both have allocated, and beyond
+        start = clone.length
+        ours = model(tokens[:, start:end], cache=cache)
+        theirs = model(others[:, start:end], cache=clone)
+        assert_close(ours, model(tokens[:, :end])[:, start:])
+        assert_close(theirs, model(others[:, :end])[:, start:])
+
+
 @every_config
 def test_more_than_the_context_is_refused(config: ModelConfig) -> None:
     with pytest.raises(AssertionError, match="14 positions"):
