@@ -2,11 +2,16 @@
 
     cache = KVCache(model.config, batch=1); logits = model(tokens, cache=cache)
 
-The caller owns it and passes it to `forward`; the model keeps no state of its own. It knows
-nothing of sampling or of what happens when it is full (`generate.py` decides that).
+The caller owns it and passes it to `forward`; the model keeps no state of its own. `KVCache` holds
+sequences of one length and grows with them; `RowCache` shows one forward pass rows of different
+lengths in memory that never moves. Neither knows anything of sampling or of what happens when the
+context is full (`generate.py` decides that).
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 
@@ -15,12 +20,35 @@ from glassgpt.config import ModelConfig
 _FIRST_CAPACITY = 256  # a whole context of 131,072 positions would be gigabytes
 
 
+class Cache(Protocol):
+    """What model.py asks for in one forward pass over T new tokens a sequence."""
+
+    mask: torch.Tensor | None
+    """Which of the S positions a new token sees, True in (B, 1, T, S); None: all before it."""
+
+    def positions(self, n_tokens: int) -> slice | torch.Tensor:
+        """Where the new tokens stand in their texts: T places for all, or a tensor (B, T)."""
+        ...
+
+    def extend(
+        self, layer: int, k: torch.Tensor, v: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store this layer's new k, v (B, K, T, D); return all to look at, (B, K, S, D) each."""
+        ...
+
+    def advance(self, n_tokens: int) -> None:
+        """Every layer has stored its part."""
+        ...
+
+
 class KVCache:
     """Keys and values of every layer for the positions seen so far, in one allocation.
 
     keys, values: (L, B, K, capacity, D); the first `length` positions are in use. Without a
     given `capacity` it doubles when it is full, up to the context.
     """
+
+    mask: torch.Tensor | None = None
 
     def __init__(
         self,
@@ -42,13 +70,12 @@ class KVCache:
     def capacity(self) -> int:
         return self.keys.size(3)
 
+    def positions(self, n_tokens: int) -> slice:
+        return slice(self.length, self.length + n_tokens)
+
     def extend(
         self, layer: int, k: torch.Tensor, v: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store this layer's new k, v (B, K, T, D); return all so far, (B, K, S, D) each.
-
-        `length` moves once per forward pass, when every layer has stored its part (`advance`).
-        """
         end = self.length + k.size(2)
         if end > self.capacity:
             self._grow(end)
@@ -74,3 +101,53 @@ class KVCache:
 
     def clear(self) -> None:
         self.length = 0
+
+
+class RowCache:
+    """Some rows of a larger memory, each with a length of its own, for one forward pass.
+
+    keys, values: for each layer (R, K, capacity, D), R >= B. Nothing here depends on a number that
+    only the host knows, so that the pass can be compiled once and replayed as a CUDA graph.
+
+    rows (B,): where the B sequences of the pass are; None for the first B, which are then read
+    where they lie, without a copy. positions (B, T): of the new tokens in their texts. places
+    (B, T): where their keys and values go; `positions`, but for what is only there to fill the
+    batch, which goes to a place that no text uses. A token sees the `visible` first places, up to
+    its own position. `fresh` says that all texts begin here, so that plain causality will do.
+    """
+
+    def __init__(
+        self,
+        keys: Sequence[torch.Tensor],
+        values: Sequence[torch.Tensor],
+        positions: torch.Tensor,
+        places: torch.Tensor,
+        *,
+        visible: int,
+        rows: torch.Tensor | None = None,
+        fresh: bool = False,
+    ) -> None:
+        self.keys, self.values, self.visible = keys, values, visible
+        self._positions, self._places = positions, places
+        first = torch.arange(positions.size(0), device=positions.device)
+        self._written = (first if rows is None else rows)[:, None]  # (B, 1), beside places (B, T)
+        self._read = slice(positions.size(0)) if rows is None else rows
+        self.mask: torch.Tensor | None = None
+        if not fresh:
+            places_seen = torch.arange(visible, device=positions.device)  # (S,)
+            self.mask = places_seen <= positions[:, None, :, None]  # (B, 1, T, S)
+
+    def positions(self, n_tokens: int) -> torch.Tensor:
+        return self._positions
+
+    def extend(
+        self, layer: int, k: torch.Tensor, v: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        seen = []
+        for memory, new in ((self.keys[layer], k), (self.values[layer], v)):
+            memory[self._written, :, self._places] = new.transpose(1, 2)  # (B, T, K, D)
+            seen.append(memory[self._read, :, : self.visible])  # (B, K, S, D)
+        return seen[0], seen[1]
+
+    def advance(self, n_tokens: int) -> None:
+        """Whoever owns the rows counts."""

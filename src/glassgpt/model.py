@@ -20,7 +20,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from glassgpt.cache import KVCache
+from glassgpt.cache import Cache
 from glassgpt.config import ModelConfig
 
 _ACTIVATIONS = {
@@ -50,8 +50,8 @@ def rotary_angles(config: ModelConfig) -> torch.Tensor:
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Turn dimension pairs (i, i + D/2) of x by the angles of their positions.
 
-    x (B, H, T, D), cos and sin (T, D) -> (B, H, T, D). The dot product of two rotated vectors
-    depends only on how far apart their positions are.
+    x (B, H, T, D), cos and sin (1, T, D) or (B, 1, T, D) -> (B, H, T, D). The dot product of two
+    rotated vectors depends only on how far apart their positions are.
     """
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin
@@ -61,33 +61,39 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 
 
 def attention_by_hand(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: float = 0.0
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    dropout: float = 0.0,
+    mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention as the formula reads, softmax(q k^T / sqrt(D)) v; the reference for the fast path.
 
     q (B, H, T, D), k and v (B, H, S, D) -> (B, H, T, D). The T queries are the last T of the S
-    positions; each sees itself and what came before it.
+    positions, and each sees itself and what came before it; or `mask` (B, 1, T, S) says what.
     """
     T, S = q.size(-2), k.size(-2)
     # Without the division, scores grow with D and the softmax would saturate (arXiv:1706.03762).
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))  # (B, H, T, S)
-    visible = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(diagonal=S - T)
-    scores = scores.masked_fill(~visible, -math.inf)
+    if mask is None:
+        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(diagonal=S - T)
+    scores = scores.masked_fill(~mask, -math.inf)
     pattern = F.dropout(scores.softmax(dim=-1), dropout)  # (B, H, T, S), rows sum to 1
     return pattern @ v  # (B, H, T, D)
 
 
 def attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: float = 0.0
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    dropout: float = 0.0,
+    mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The same by torch's fused kernel, which never stores the (T, S) scores."""
     T, S = q.size(-2), k.size(-2)
-    mask = None
-    if 1 < T < S:  # a chunk behind a cached prefix: "is_causal" would align its top-left corner
+    if mask is None and 1 < T < S:  # behind a cached prefix; "is_causal" would align top-left
         mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(diagonal=S - T)
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=T == S and T > 1
-    )
+    return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None and T > 1)
 
 
 class CausalSelfAttention(nn.Module):
@@ -109,9 +115,9 @@ class CausalSelfAttention(nn.Module):
         self,
         x: torch.Tensor,
         rotation: tuple[torch.Tensor, torch.Tensor] | None,
-        cache: KVCache | None,
+        cache: Cache | None,
     ) -> torch.Tensor:
-        """x (B, T, C) -> (B, T, C); `rotation` is cos and sin, (T, D) each, or None."""
+        """x (B, T, C) -> (B, T, C); `rotation` is cos and sin, or None."""
         B, T, _ = x.shape
         D, H, K = self.config.head_dim, self.config.n_head, self.config.n_kv_head
         heads = self.qkv(x).view(B, T, H + 2 * K, D).transpose(1, 2)  # (B, H + 2K, T, D)
@@ -123,7 +129,9 @@ class CausalSelfAttention(nn.Module):
             k, v = cache.extend(self.layer, k, v)  # (B, K, S, D) each
         if K < H:  # each key/value head serves a group of H/K heads (arXiv:2305.13245)
             k, v = (t.repeat_interleave(H // K, dim=1) for t in (k, v))  # (B, H, S, D)
-        y = self.attend(q, k, v, self.config.dropout if self.training else 0.0)  # (B, H, T, D)
+        dropout = self.config.dropout if self.training else 0.0
+        mask = None if cache is None else cache.mask
+        y = self.attend(q, k, v, dropout, mask)  # (B, H, T, D)
         return self.out(y.transpose(1, 2).reshape(B, T, H * D))  # (B, T, C)
 
 
@@ -166,7 +174,7 @@ class Block(nn.Module):
         self,
         x: torch.Tensor,
         rotation: tuple[torch.Tensor, torch.Tensor] | None,
-        cache: KVCache | None,
+        cache: Cache | None,
     ) -> torch.Tensor:
         """x (B, T, C) -> (B, T, C)"""
         x = x + self.dropout(self.attn(self.attn_norm(x), rotation, cache))
@@ -237,21 +245,22 @@ class GPT(nn.Module):
             shrink = math.sqrt(2 * self.config.n_layer) if writes_residual else 1.0
             nn.init.normal_(parameter, std=0.02 / shrink)
 
-    def hidden(self, tokens: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
+    def hidden(self, tokens: torch.Tensor, cache: Cache | None = None) -> torch.Tensor:
         """The residual stream after the last block, normalised: what the head reads.
 
         tokens (B, T) int64 -> (B, T, C). With a cache, `tokens` continue what it holds.
         """
-        start = cache.length if cache is not None else 0
-        end = start + tokens.size(1)
-        limit = self.config.context_length
-        assert end <= limit, f"{end} positions, but the context is {limit}"
+        T, limit = tokens.size(1), self.config.context_length
+        at = slice(T) if cache is None else cache.positions(T)  # T of them, or (B, T)
+        if isinstance(at, slice):  # to look into a tensor, the host would wait for the GPU
+            assert at.stop <= limit, f"{at.stop} positions, but the context is {limit}"
         x = self.token_embedding(tokens)  # (B, T, C)
         rotation = None
         if self.position_embedding is not None:
-            x = x + self.position_embedding.weight[start:end]  # (T, C), broadcast over B
+            x = x + self.position_embedding.weight[at]  # (T, C) or (B, T, C)
         else:
-            rotation = self.cos[start:end].to(x.dtype), self.sin[start:end].to(x.dtype)
+            cos, sin = self.cos[at].to(x.dtype), self.sin[at].to(x.dtype)
+            rotation = cos.unsqueeze(-3), sin.unsqueeze(-3)  # (1, T, D) or (B, 1, T, D)
         x = self.dropout(x)
         for block in self.blocks:
             x = block(x, rotation, cache)
@@ -263,7 +272,7 @@ class GPT(nn.Module):
         self,
         tokens: torch.Tensor,
         *,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
         positions: slice | torch.Tensor = slice(None),
     ) -> torch.Tensor:
         """Logits of the next token at the positions asked for (all of them by default).
