@@ -20,7 +20,9 @@ VERBS = {
     "prepare": "Turn text into token files that training can map into memory, however large.",
     "train": "Train a GPT on text and keep it as a run directory that other tools load as it is.",
     "sample": "Let a trained model continue a prompt; prints the prompt and what follows.",
+    "eval": "Measure how well a model predicts a text, and what quantised weights cost.",
     "export": "Write a model for other programs: llama.cpp, ONNX Runtime, nanoGPT, or NumPy alone.",
+    "bench": "Measure how fast a model generates on this machine, with every engine and precision.",
 }
 
 

@@ -10,17 +10,19 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict, get_args, get_type_hints
 
 from cyclopts import Group, Parameter
 
 from glassgpt.config import (
     DataConfig,
+    EngineName,
     Format,
     ModelConfig,
     Precision,
     Sampling,
     TrainConfig,
+    WeightPrecision,
     names_of,
     option_types,
     preset_names,
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from glassgpt.trainer import TrainResult
 
 
+_LIST = Parameter(consume_multiple=True, negative_iterable=())  # --weights float32 int8
 _FREE_TEXT = ("sample_prompt", "stop")  # may begin with a hyphen
 
 
@@ -254,6 +257,69 @@ def sample(
     print_samples(model, read_prompt(prompt), how, show_prompt=not completion_only)
 
 
+def eval(
+    run: str,
+    text: Annotated[str, Parameter(allow_leading_hyphen=True)],
+    /,
+    *,
+    weights: Annotated[list[WeightPrecision | Literal["all"]], _LIST] = ["float32"],  # noqa: B006
+    max_tokens: int | None = None,
+    engine: EngineName = "auto",
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
+    threads: int | None = None,
+) -> None:
+    """Measure how well a model predicts a text, and what quantised weights cost.
+
+    RUN is what `sample` takes; TEXT is a text file, best one that the model was not trained on.
+    Every token but the first is predicted once, given the text before it: half a context of it
+    or more, once there is so much. Loss (nats per token) and perplexity compare models with the
+    same tokenizer, bits per byte any two. With several --weights each gets a line, with its
+    change against float32.
+
+    Examples:
+
+    glassgpt eval runs/book held-out.txt
+
+    glassgpt eval runs/book held-out.txt --weights all
+
+    glassgpt eval gpt2 - --weights float32 int8 --max-tokens 10000 < article.txt
+
+    Parameters
+    ----------
+    run:
+        Run directory, or the name of a model.
+    text:
+        Text file, UTF-8; - is standard input.
+    weights:
+        How the engine holds the matrices: float32, int8, int4, or all of them in turn.
+    max_tokens:
+        Look only at so many tokens at the beginning of the text [all].
+    engine:
+        What computes: auto, numba, numpy, torch, gpu.
+    device:
+        Where to compute: auto, cpu, cuda, mps.
+    threads:
+        Of the CPU [all cores].
+    """
+    from glassgpt.evaluate import compare_weights, read_text, table
+    from glassgpt.pretrained import load_pretrained
+    from glassgpt.runlog import Terminal
+    from glassgpt.tokenizer import unknown_note
+
+    content, checkpoint, terminal = read_text(text), load_pretrained(run), Terminal()
+    note = unknown_note(checkpoint.tokenizer, content)
+    if note:
+        terminal.say(f"note: {note}")
+    chosen = get_args(WeightPrecision) if "all" in weights else list(dict.fromkeys(weights))
+    try:
+        found = compare_weights(checkpoint, content, chosen, engine=engine, device=device,
+                                threads=threads, max_tokens=max_tokens,
+                                progress=terminal)  # fmt: skip
+    finally:
+        terminal.close()
+    print(table(found))
+
+
 def export(
     run: str,
     /,
@@ -297,6 +363,65 @@ def export(
     done = write(load_pretrained(run), to, target, precision=precision, overwrite=overwrite)
     print(f"{done.path}: {done.n_bytes / 1e6:,.1f} MB · largest difference in logits "
           f"{done.difference:.2g}" + (f" · {done.note}" if done.note else ""))  # fmt: skip
+
+
+def bench(
+    what: Literal["decode"],
+    run: str,
+    /,
+    *,
+    engine: Annotated[list[EngineName] | None, _LIST] = None,
+    weights: Annotated[list[WeightPrecision] | None, _LIST] = None,
+    threads: int | None = None,
+    prompt_tokens: Annotated[list[int], _LIST] = [32, 512],  # noqa: B006
+    new_tokens: int = 128,
+) -> None:
+    """Measure how fast a model generates on this machine, with every engine and precision.
+
+    A table of tokens per second: prompt of N is reading a prompt; batch 1 and 8 is writing, for
+    so many texts side by side. MB/token is what one step reads of the weights; the last column
+    is the share of this machine's measured memory speed that batch 1 reaches (more than 100 %
+    when the model fits in the caches).
+
+    Examples:
+
+    glassgpt bench decode runs/book
+
+    glassgpt bench decode gpt2 --engine numba numpy --weights float32 int8 --threads 2
+
+    Parameters
+    ----------
+    what:
+        decode: prompts and generation.
+    run:
+        Run directory, or the name of a model.
+    engine:
+        Only these: numba, numpy, torch, gpu [all that are here].
+    weights:
+        Only these: float32, int8, int4 [all].
+    threads:
+        Of the CPU [all cores].
+    prompt_tokens:
+        Lengths of the prompts; new tokens follow the shortest.
+    new_tokens:
+        Generated for every row.
+    """
+    from glassgpt.bench import bench_decode, memory_bandwidth, table
+    from glassgpt.pretrained import load_pretrained
+    from glassgpt.runlog import Terminal
+
+    terminal = Terminal()
+    try:
+        speeds = list(bench_decode(load_pretrained(run), engines=engine or (),
+                                   weights=weights or (), threads=threads,
+                                   prompt_tokens=prompt_tokens, new_tokens=new_tokens,
+                                   progress=terminal))  # fmt: skip
+        terminal.status("measuring the memory")
+        bandwidth = memory_bandwidth(threads)
+    finally:
+        terminal.close()
+    print(table(speeds, bandwidth))
+    print(f"memory speed: {bandwidth / 1e9:.1f} GB/s")
 
 
 def _exit_status(result: TrainResult) -> None:

@@ -42,6 +42,7 @@ def test_every_command_is_understood(command):
 def test_the_laptop_quick_start_and_the_python_example_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "book.txt").write_text("Once upon a time there was a fox. " * 40)
+    (tmp_path / "held-out.txt").write_text("A fox was there once.")
     for command in COMMANDS:
         words = shlex.split(command)
         if words[1] in ("book.txt", "runs/book") and "gpt2" not in words:

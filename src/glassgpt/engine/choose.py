@@ -5,13 +5,9 @@ engine = build_engine(load_pretrained("runs/book"), weights="int8")
 
 from __future__ import annotations
 
-from typing import Literal
-
 from glassgpt.checkpoint import Checkpoint
+from glassgpt.config import EngineName, WeightPrecision
 from glassgpt.engine import Engine
-
-EngineName = Literal["auto", "numba", "numpy", "torch", "gpu"]
-WeightPrecision = Literal["float32", "int8", "int4"]
 
 
 def build_engine(
