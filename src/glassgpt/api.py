@@ -8,13 +8,15 @@ from __future__ import annotations
 import operator
 import sys
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from glassgpt.checkpoint import Checkpoint
-from glassgpt.config import DEVICES, ModelConfig, Sampling
+from glassgpt.config import DEVICES, EngineName, ModelConfig, Sampling, WeightPrecision
+from glassgpt.engine import Engine
+from glassgpt.engine.choose import build_engine, ignore
 from glassgpt.errors import UserError, nearest
 from glassgpt.generate import Piece, complete, stream
 from glassgpt.pretrained import load_pretrained
@@ -36,6 +38,7 @@ class LoadedModel:
         self.checkpoint, self.device = checkpoint, device
         self.config: ModelConfig = checkpoint.config
         self.tokenizer: Tokenizer = checkpoint.tokenizer
+        self._engines: dict[tuple, Engine] = {}
 
     @classmethod
     def from_folder(cls, path: str | Path, device: str = "auto") -> LoadedModel:
@@ -44,25 +47,26 @@ class LoadedModel:
     @cached_property
     def model(self) -> GPT:
         """The torch module, in evaluation mode: `m.model(tokens)` gives logits (B, T, V)."""
-        from glassgpt.model import GPT
-        from glassgpt.runtime import choose_device, is_out_of_memory
+        from glassgpt.engine.choose import torch_model
 
-        try:
-            model = GPT.from_weights(self.config, self.checkpoint.weights)
-            return model.to(choose_device(self.device))
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            raise UserError(
-                f"the model ({self.config.n_parameters:,} parameters, context "
-                f"{self.config.context_length:,}) does not fit in memory"
-            ) from error
+        return torch_model(self.checkpoint, self.device)
 
-    @cached_property
-    def engine(self):
-        from glassgpt.engine.reference import ReferenceEngine
-
-        return ReferenceEngine(self.model)
+    def engine(
+        self,
+        engine: EngineName = "auto",
+        weights: WeightPrecision = "float32",
+        threads: int | None = None,
+        say: Callable[[str], None] = ignore,
+    ) -> Engine:
+        """What computes when text is generated, made the first time it is asked for."""
+        key = engine, weights, threads
+        if key not in self._engines:
+            # A text or two are there sooner than a compiled step for a GPU would be.
+            self._engines[key] = build_engine(
+                self.checkpoint, device=self.device, engine=engine, weights=weights,
+                threads=threads, compile=False, say=say,
+            )  # fmt: skip
+        return self._engines[key]
 
     def encode_prompt(self, prompt: str | Sequence[int]) -> list[int]:
         """Text or ids -> ids; raises `UserError` for ids outside the vocabulary."""
@@ -79,10 +83,19 @@ class LoadedModel:
         return tokens
 
     def generate(
-        self, prompt: Prompt | Sequence[Prompt] = "", *, stream: bool = False, **options: Any
+        self,
+        prompt: Prompt | Sequence[Prompt] = "",
+        *,
+        stream: bool = False,
+        engine: EngineName = "auto",
+        weights: WeightPrecision = "float32",
+        threads: int | None = None,
+        **options: Any,
     ) -> Piece | list[Piece] | list[list[Piece]] | Iterator[Piece]:
         """Continue `prompt`; options are the fields of `glassgpt.generate.Sampling`.
 
+        engine: "numba", "numpy", "torch", "gpu", or what is fastest here; weights: "float32",
+        "int8", "int4", on a GPU "bfloat16".
         Returns a `Piece` (`.text`, `.finish_reason`), or a list of them for num_samples > 1. Of
         a list of prompts, each continues as it would alone: returns a list of what each gives.
         With `stream=True`, an iterator of pieces as they come (`.prompt`, `.sample`: of which).
@@ -94,9 +107,10 @@ class LoadedModel:
         how = Sampling(**options)
         several = _is_several(prompt)
         prompts = [self.encode_prompt(one) for one in (prompt if several else [prompt])]  # type: ignore
+        chosen = self.engine(engine, weights, threads)
         if stream:
-            return _stream(self.engine, self.tokenizer, prompts, how)
-        pieces, n = complete(self.engine, self.tokenizer, prompts, how), how.num_samples
+            return _stream(chosen, self.tokenizer, prompts, how)
+        pieces, n = complete(chosen, self.tokenizer, prompts, how), how.num_samples
         starts = range(0, len(pieces), n)
         completed = [pieces[i : i + n] for i in starts] if n > 1 else pieces
         return completed if several else completed[0]
@@ -112,7 +126,9 @@ def _is_several(prompt: object) -> bool:
     return any(isinstance(one, Sequence) for one in prompt)
 
 
-def print_samples(model: LoadedModel, prompt: str, how: Sampling, *, show_prompt: bool) -> None:
+def print_samples(
+    model: LoadedModel, engine: Engine, prompt: str, how: Sampling, *, show_prompt: bool
+) -> None:
     """What `glassgpt sample` shows: text on stdout as it comes, notes on stderr."""
     note = unknown_note(model.tokenizer, prompt)
     if note:
@@ -122,14 +138,14 @@ def print_samples(model: LoadedModel, prompt: str, how: Sampling, *, show_prompt
     if how.num_samples == 1:
         print(opening, end="", flush=True)
         reason = None
-        for piece in stream(model.engine, model.tokenizer, prompts, how):
+        for piece in stream(engine, model.tokenizer, prompts, how):
             print(piece.text, end="", flush=True)
             reason = piece.finish_reason or reason
         print(flush=True)
         print(f"[{reason}]", file=sys.stderr)
         return
     texts, reasons, shown = defaultdict(str), {}, 0
-    for piece in stream(model.engine, model.tokenizer, prompts, how):
+    for piece in stream(engine, model.tokenizer, prompts, how):
         texts[piece.sample] += piece.text
         if piece.finish_reason:
             reasons[piece.sample] = piece.finish_reason

@@ -92,9 +92,8 @@ def bench_decode(
             device = "auto" if name == "gpu" else "cpu"
             progress.status(f"{name} {precision}: preparing")
             try:
-                engine = build_engine(
-                    checkpoint, device=device, engine=name, weights=precision, threads=threads
-                )
+                engine = build_engine(checkpoint, device=device, engine=name, weights=precision,
+                                      threads=threads, say=progress.say)  # fmt: skip
             except UserError as error:
                 if engines and weights:
                     raise

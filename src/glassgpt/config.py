@@ -31,9 +31,9 @@ Family = Literal["gpt2", "llama", "qwen3"]
 Format = Literal["gguf", "onnx", "nanogpt", "numpy"]  # that `export` writes
 Precision = Literal["F32", "F16", "Q8_0"]  # of the matrices in a GGUF
 EngineName = Literal["auto", "numba", "numpy", "torch", "gpu"]  # what computes when decoding
-WeightPrecision = Literal["float32", "int8", "int4"]  # of the matrices in an engine
+WeightPrecision = Literal["float32", "int8", "int4", "bfloat16"]  # of the matrices in an engine
+MOST_THREADS = 1024  # torch crashes on numbers that no machine has
 DEVICES = ("auto", "cpu", "cuda", "mps")
-_MOST_THREADS = 1024  # torch crashes on numbers that no machine has
 _MOST_SAMPLES = 100_000
 
 _SHAPES: dict[str, dict[str, Any]] = {
@@ -324,8 +324,8 @@ class TrainConfig:
             if getattr(self, name) < 0:
                 raise UserError(f"{name}={getattr(self, name)} can't be negative")
         _check_seed(self.seed)
-        if self.threads is not None and self.threads > _MOST_THREADS:
-            raise UserError(f"threads={self.threads} must be at most {_MOST_THREADS}")
+        if self.threads is not None and self.threads > MOST_THREADS:
+            raise UserError(f"threads={self.threads} must be at most {MOST_THREADS}")
         if not self.learning_rate > 0:
             raise UserError(f"learning_rate={self.learning_rate} must be greater than 0")
         lowest = self.min_learning_rate

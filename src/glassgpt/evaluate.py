@@ -147,9 +147,8 @@ def compare_weights(
     """The same text under the same model, its weights held with each precision in turn."""
     found = {}
     for precision in weights:
-        built = build_engine(
-            checkpoint, device=device, engine=engine, weights=precision, threads=threads
-        )
+        built = build_engine(checkpoint, device=device, engine=engine, weights=precision,
+                             threads=threads, say=(progress or Progress()).say)  # fmt: skip
         found[precision] = text_loss(
             built, checkpoint.tokenizer, text, max_tokens=max_tokens, progress=progress
         )

@@ -151,7 +151,9 @@ def stream(
     logits are NaN or infinite; what was yielded until then is good text.
     """
     config = engine.config
-    per_row = 2 * config.n_layer * config.n_kv_head * config.head_dim * config.context_length
+    longest = max(map(len, prompts), default=0) + how.max_new_tokens
+    positions = min(config.context_length, longest)
+    per_row = 2 * config.n_layer * config.n_kv_head * config.head_dim * positions
     together = max(1, _CACHE_NUMBERS // max(per_row, config.vocab_size))
     wanted = list(itertools.product(range(len(prompts)), range(how.num_samples)))
     for first in range(0, len(wanted), together):

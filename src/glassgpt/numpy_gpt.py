@@ -97,8 +97,10 @@ def linear(x: np.ndarray, w: Weights, name: str) -> np.ndarray:  # [T, n] -> [T,
 def attention(q, k, v):  # [H, T, D], [H, S, D] x 2 -> [H, T, D]; the queries are the last T of S
     T, S = q.shape[1], k.shape[1]
     scores = q @ k.swapaxes(-2, -1) / math.sqrt(q.shape[-1])  # [H, T, S]
-    future = np.triu(np.ones((T, S), dtype=bool), k=1 + S - T)
-    return softmax(np.where(future, -np.inf, scores)) @ v
+    if T > 1:  # the last one sees them all
+        future = np.triu(np.ones((T, S), dtype=bool), k=1 + S - T)
+        scores = np.where(future, -np.inf, scores)
+    return softmax(scores) @ v
 
 
 class Cache:  # what attention remembers: {layer: [2, K, S, D]}, keys and values of S tokens

@@ -10,7 +10,7 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict, get_type_hints
 
 from cyclopts import Group, Parameter
 
@@ -221,18 +221,24 @@ def sample(
     *,
     prompt: Annotated[str, Parameter(allow_leading_hyphen=True)] = "",
     completion_only: bool = False,
+    weights: WeightPrecision = "float32",
+    engine: EngineName = "auto",
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
+    threads: int | None = None,
     options: Annotated[SampleOptions, Parameter(name="*")] = {},  # noqa: B006
 ) -> None:
     """Let a trained model continue a prompt; prints the prompt and what follows.
 
     RUN is a run directory, any folder with a GPT-2, Llama or Qwen3 checkpoint, a published model
     (gpt2, OWNER/MODEL, openai:124M), or nanoGPT's ckpt.pt. The text appears as it is drawn. How
-    it ended (length, stop, end_of_text) goes to stderr.
+    it ended (length, stop, end_of_text) goes to stderr. `glassgpt bench decode RUN` shows how
+    fast each engine and each precision of the weights is here, `glassgpt eval` what it costs.
 
     Examples:
 
     glassgpt sample runs/book --prompt "Once upon a time"
+
+    glassgpt sample gpt2 --prompt "Alan Turing theorized that" --weights int8
 
     glassgpt sample runs/book --prompt @opening.txt --temperature 0.7 --top-k 50 --num-samples 3
 
@@ -246,15 +252,27 @@ def sample(
         Text to continue; @FILE reads a file, - standard input.
     completion_only:
         Print what was generated without the prompt.
+    weights:
+        Of the matrices: float32, int8 (up to four times as fast on a CPU), int4, or on a GPU
+        bfloat16.
+    engine:
+        What computes: numba (compiled), numpy, torch (model.py as it is), gpu [the fastest].
     device:
         Where to compute: auto, cpu, cuda, mps.
+    threads:
+        Of the CPU [all cores].
     """
     import glassgpt
     from glassgpt.api import print_samples
 
-    model = glassgpt.load(run, device=device)
-    how = Sampling(**options)
-    print_samples(model, read_prompt(prompt), how, show_prompt=not completion_only)
+    model, how = glassgpt.load(run, device=device), Sampling(**options)
+    text = read_prompt(prompt)
+    chosen = model.engine(engine, weights, threads, say=_note)
+    print_samples(model, chosen, text, how, show_prompt=not completion_only)
+
+
+def _note(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def eval(
@@ -310,7 +328,7 @@ def eval(
     note = unknown_note(checkpoint.tokenizer, content)
     if note:
         terminal.say(f"note: {note}")
-    chosen = get_args(WeightPrecision) if "all" in weights else list(dict.fromkeys(weights))
+    chosen = list(dict.fromkeys(weights)) if "all" not in weights else ["float32", "int8", "int4"]
     try:
         found = compare_weights(checkpoint, content, chosen, engine=engine, device=device,
                                 threads=threads, max_tokens=max_tokens,

@@ -227,11 +227,11 @@ def test_greedy_text_of_200_tokens_is_theirs(tmp_path: Path, name: str) -> None:
 
 
 def greedy_ours(folder: Path, prompt: list[int], n: int = 200) -> list[int]:
-    model = glassgpt.load(folder)
-    model.engine.open(1)
+    engine = glassgpt.load(folder).engine("torch")
+    engine.open(1)
     tokens, new = [], prompt
     while len(tokens) < n:
-        tokens.append(int(model.engine.read([0], [np.array(new)]).argmax()))
+        tokens.append(int(engine.read([0], [np.array(new)]).argmax()))
         new = tokens[-1:]
     return tokens
 

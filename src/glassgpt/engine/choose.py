@@ -1,13 +1,45 @@
 """Which engine for this model on this machine?
 
-engine = build_engine(load_pretrained("runs/book"), weights="int8")
+`build_engine(load_pretrained("runs/book"), weights="int8")` gives one. On a CPU, compiled kernels
+or NumPy alone: what a short measurement finds faster, which is remembered; with an NVIDIA card,
+the card. torch is imported only for the engines that need it.
 """
 
 from __future__ import annotations
 
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, get_args
+
+import numpy as np
+
 from glassgpt.checkpoint import Checkpoint
-from glassgpt.config import EngineName, WeightPrecision
+from glassgpt.config import DEVICES, MOST_THREADS, EngineName, ModelConfig, WeightPrecision
 from glassgpt.engine import Engine
+from glassgpt.engine.cpu import NumbaEngine, NumpyEngine, kernel_folder, load_kernels
+from glassgpt.errors import UserError
+from glassgpt.system import usable_cores, write_file
+
+if TYPE_CHECKING:
+    from glassgpt.model import GPT
+
+PRECISIONS: dict[str, tuple[WeightPrecision, ...]] = {
+    "numba": ("float32", "int8", "int4"),
+    "numpy": ("float32", "int8", "int4"),
+    "torch": ("float32",),
+    "gpu": ("float32", "bfloat16"),
+}
+_MEASURED_LAYERS = 2  # of a stand-in for the model: enough to tell the two engines apart
+_MEASURED_STEPS = 8
+
+
+def ignore(text: str) -> None:
+    """Where nobody listens."""
 
 
 def build_engine(
@@ -17,9 +49,174 @@ def build_engine(
     engine: EngineName = "auto",
     weights: WeightPrecision = "float32",
     threads: int | None = None,
+    compile: bool | None = None,
+    say: Callable[[str], None] = ignore,
 ) -> Engine:
-    """An engine with this checkpoint's weights."""
-    from glassgpt.engine.reference import ReferenceEngine
-    from glassgpt.model import GPT
+    """An engine with this checkpoint's weights.
 
-    return ReferenceEngine(GPT.from_weights(checkpoint.config, checkpoint.weights))
+    `compile` is for a GPU: a compiled step is several times as fast after half a minute (None:
+    where it works). `say` takes notes for the user. Raises `UserError` for what does not go
+    together, is not installed, or does not fit in memory.
+    """
+    check_choice(device, engine, weights, threads)
+    if engine == "auto":
+        engine = _engine_for(checkpoint.config, device, weights, threads, say)
+    if weights not in PRECISIONS[engine]:
+        raise UserError(f"weights={weights} can't be had with engine={engine}; choose from "
+                        f"{', '.join(PRECISIONS[engine])}")  # fmt: skip
+    wrong = {"gpu": ("cpu",), "torch": ()}.get(engine, ("cuda", "mps"))
+    if device in wrong:
+        raise UserError(f"engine={engine} does not run on device={device}")
+    if engine in ("torch", "gpu"):
+        return _torch_engine(checkpoint, engine, device, weights, compile)
+    try:
+        if engine == "numba":
+            return NumbaEngine(
+                checkpoint.config, checkpoint.weights, weights, threads=threads, say=say
+            )
+        return NumpyEngine(checkpoint.config, checkpoint.weights, weights)
+    except MemoryError as error:
+        raise _too_large(checkpoint.config) from error
+    except ImportError as error:
+        raise UserError(f"engine=numba needs the package numba ({error}): "
+                        "pip install 'glassgpt[fast]'") from error  # fmt: skip
+
+
+def check_choice(device: str, engine: str, weights: str, threads: int | None) -> None:
+    """Raises `UserError` for words that are no choice and impossible numbers of threads."""
+    given = {"device": (device, DEVICES), "engine": (engine, get_args(EngineName)),
+             "weights": (weights, get_args(WeightPrecision))}  # fmt: skip
+    for name, (value, choices) in given.items():
+        if value not in choices:
+            raise UserError(f"{name}={value!r}: choose from {', '.join(choices)}")
+    if threads is not None and not 1 <= threads <= MOST_THREADS:
+        raise UserError(f"threads={threads} must be 1 to {MOST_THREADS}")
+
+
+def _engine_for(
+    config: ModelConfig,
+    device: str,
+    weights: WeightPrecision,
+    threads: int | None,
+    say: Callable[[str], None],
+) -> EngineName:
+    if weights == "bfloat16" or device in ("cuda", "mps"):
+        return "gpu"
+    if device == "auto" and weights == "float32" and _has_nvidia_card():
+        return "gpu"
+    try:
+        load_kernels()
+    except ImportError as error:
+        _hint(say, error)
+        return "numpy"
+    return faster_engine(config, threads, say) if weights == "float32" else "numba"
+
+
+_hinted = False
+
+
+def _hint(say: Callable[[str], None], error: ImportError) -> None:
+    """Once in a process: how generation gets faster."""
+    global _hinted
+    if not _hinted:
+        why = "" if isinstance(error, ModuleNotFoundError) else f" (now: {error})"
+        say(f"note: pip install 'glassgpt[fast]' makes generation on this CPU faster{why}")
+    _hinted = True
+
+
+def _has_nvidia_card() -> bool:
+    """Without torch, whose import would take longer than a short text; then torch has to agree."""
+    if not (any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/dxg").exists()
+            or sys.platform == "win32"):  # fmt: skip
+        return False
+    import torch
+
+    return torch.cuda.is_available()
+
+
+# -- torch ---------------------------------------------------------------------------------------
+
+
+def _torch_engine(
+    checkpoint: Checkpoint,
+    engine: EngineName,
+    device: str,
+    weights: WeightPrecision,
+    compile: bool | None,
+) -> Engine:
+    from glassgpt.engine.gpu import GpuEngine
+    from glassgpt.engine.reference import ReferenceEngine
+
+    model = torch_model(checkpoint, device)
+    if engine == "torch":
+        return ReferenceEngine(model)
+    if next(model.parameters()).device.type == "cpu":
+        raise UserError("engine=gpu: torch finds no GPU here")
+    return GpuEngine(model.bfloat16() if weights == "bfloat16" else model, compile=compile)
+
+
+def torch_model(checkpoint: Checkpoint, device: str) -> GPT:
+    """model.py with these weights. Raises `UserError` when it does not fit in memory."""
+    from glassgpt.model import GPT
+    from glassgpt.runtime import choose_device, is_out_of_memory
+
+    try:
+        model = GPT.from_weights(checkpoint.config, checkpoint.weights)
+        return model.to(choose_device(device))
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise _too_large(checkpoint.config) from error
+
+
+def _too_large(config: ModelConfig) -> UserError:
+    return UserError(f"the model ({config.n_parameters:,} parameters, context "
+                     f"{config.context_length:,}) does not fit in memory")  # fmt: skip
+
+
+# -- measured once -------------------------------------------------------------------------------
+
+
+def faster_engine(
+    config: ModelConfig, threads: int | None, say: Callable[[str], None] = ignore
+) -> EngineName:
+    """numba or numpy for this shape of model in float32: measured the first time, then known."""
+    shape = json.dumps([asdict(replace(config, context_length=1024)), threads or usable_cores()])
+    record = kernel_folder() / f"choice-{sha256(shape.encode()).hexdigest()[:16]}.json"
+    try:
+        known = json.loads(record.read_bytes())["engine"]
+        if known in ("numba", "numpy"):
+            return known
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    rates = measure(config, threads, say)
+    chosen: EngineName = "numba" if rates["numba"] >= rates["numpy"] else "numpy"
+    share = min(rates.values()) / max(rates.values())
+    say(f"measured once for models of this shape: {chosen} takes {share:.0%} of the time that the "
+        "other engine takes (--engine chooses)")  # fmt: skip
+    try:
+        record.parent.mkdir(parents=True, exist_ok=True)
+        write_file(record, json.dumps({"engine": chosen, "tokens_per_second": rates}).encode())
+    except (OSError, UserError):
+        pass  # then it is measured again the next time
+    return chosen
+
+
+def measure(
+    config: ModelConfig, threads: int | None, say: Callable[[str], None] = ignore
+) -> dict[str, float]:
+    """Tokens per second of both CPU engines, of a stand-in with all of the width and few layers."""
+    config = replace(config, n_layer=min(_MEASURED_LAYERS, config.n_layer), context_length=64)
+    weights = {name: np.full(s, 0.01, np.float32) for name, s in config.weight_shapes.items()}
+    rates = {}
+    for built in (NumbaEngine(config, weights, threads=threads, say=say),
+                  NumpyEngine(config, weights)):  # fmt: skip
+        built.open(1)
+        built.read([0], [np.zeros(8, np.int64)])
+        seconds = []
+        for _ in range(_MEASURED_STEPS):
+            started = time.perf_counter()
+            built.read([0], [np.zeros(1, np.int64)])
+            seconds.append(time.perf_counter() - started)
+        rates[built.name.split()[0]] = 1 / min(seconds)
+    return rates

@@ -10,6 +10,9 @@ Widths of buffers and rows of matrices are padded to a multiple of 32. Compiled 
 disk (cpu.py says where); this room knows NumPy arrays only, no files and no tokenizers.
 """
 
+# Numba gives each intrinsic a first argument that callers do not write.
+# pyright: reportCallIssue=false, reportAttributeAccessIssue=false
+
 from __future__ import annotations
 
 import math
@@ -92,11 +95,14 @@ class Work(NamedTuple):
 
 @_fast
 def wait(sync, meeting, threads):
-    """All threads come here before any goes on -> the number of the next meeting."""
+    """All threads come here before any goes on, unless one is missing (sync[1])
+    -> the number of the next meeting."""
     if threads > 1:
         simd.fetch_add(sync, 0, 1)
         turns = 0
         while simd.read_shared(sync, 0) < (meeting + 1) * threads:
+            if simd.read_shared(sync, 1):
+                break
             turns += 1
             if turns > 4000:  # whoever is late has no core
                 simd.give_way()
@@ -161,9 +167,7 @@ def _keep(y, t, row, total, scale, bias, add):
     result = simd.load_floats(bias, row)
     if add:
         result = simd.multiply_add(result, simd.load_floats(y[t], row), np.float32(1))
-    simd.store_floats(
-        y[t], row, simd.multiply_add(result, total, simd.load_floats(scale, row))
-    )
+    simd.store_floats(y[t], row, simd.multiply_add(result, total, simd.load_floats(scale, row)))
 
 
 @_fast
@@ -479,8 +483,8 @@ def forward(me, threads, sync, model, work, cache, tokens, rows, positions, want
 
     tokens, rows, positions (N,): token n stands at positions[n] of row rows[n], behind all that
     the cache (2, L, rows, K, S, D) holds of that row; every token sees those before it, also of
-    this call. wanted: numbers of tokens. sync: zeros, int64; the first counts meetings, then
-    every eighth is a matrix's next row.
+    this call. wanted: numbers of tokens. sync: zeros, int64; [0] counts who came to a meeting,
+    [1] calls all of them off, every eighth after that is the next row of a matrix.
     """
     shape, N = model.shape, len(tokens)
     heads = shape.n_head * shape.head_dim

@@ -10,13 +10,13 @@ layout described at `pack`.
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
+from glassgpt.config import WeightPrecision
 from glassgpt.errors import UserError
 
-WeightPrecision = Literal["float32", "int8", "int4"]
 GROUP = 32  # weights that share a scale in int4; columns are padded to a multiple of it
 _STRETCH = 1024  # rows, a multiple of ROWS
 PANEL = 16  # rows that are stored side by side, one in each lane of a vector

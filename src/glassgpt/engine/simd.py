@@ -8,6 +8,9 @@ threads may do at once. Each function here is one of these. Vectors have 16 lane
 16-bit numbers; LLVM splits them where registers are shorter. This room knows nothing of models.
 """
 
+# Numba gives each intrinsic a first argument that callers do not write.
+# pyright: reportCallIssue=false, reportAttributeAccessIssue=false
+
 from __future__ import annotations
 
 import sys
