@@ -213,7 +213,9 @@ class NumbaEngine:
         self.lengths = [0] * n_rows
         width = padded(config.head_dim, PANEL)
         shape = (2, config.n_layer, n_rows, config.n_kv_head, capacity, width)
-        self.cache = np.zeros(shape, np.float32 if self.precision == "float32" else np.uint16)
+        # Quantised weights go with keys and values in float16, whose bits NumPy's uint16 carries.
+        halves = self.precision != "float32" and self.kernels.simd.HAS_FLOAT16
+        self.cache = np.zeros(shape, np.uint16 if halves else np.float32)
         self._fit(capacity)
 
     def read(

@@ -491,6 +491,7 @@ def forward(me, threads, sync, model, work, cache, tokens, rows, positions, want
     meeting, counter = 0, 8
     for n in range(me, N, threads):
         embed(model, work, tokens, positions, n)
+    meeting = wait(sync, meeting, threads)
     for layer in range(shape.n_layer):
         for n in range(me, N, threads):
             read_norm(work, n, model.attn_norm[layer], shape, quantized)

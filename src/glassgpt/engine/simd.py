@@ -13,6 +13,7 @@ threads may do at once. Each function here is one of these. Vectors have 16 lane
 
 from __future__ import annotations
 
+import platform
 import sys
 
 from llvmlite import ir
@@ -23,6 +24,8 @@ from numba.core.datamodel import models
 from numba.extending import intrinsic, register_model
 
 LANES = 16
+_FEATURES = get_host_cpu_features() if config.CPU_FEATURES is None else config.CPU_FEATURES
+HAS_FLOAT16 = "+f16c" in _FEATURES or platform.machine() in ("aarch64", "arm64")
 _BYTE, _I16, _I32 = ir.IntType(8), ir.IntType(16), ir.IntType(32)
 _FLOATS = ir.VectorType(ir.FloatType(), LANES)
 _HALVES = ir.VectorType(ir.HalfType(), LANES)
@@ -149,9 +152,8 @@ def no_ints(typing):
 
 def _pair_products(builder, a, b):
     """32 shorts x 32 shorts -> 16 ints, a[2i] * b[2i] + a[2i + 1] * b[2i + 1]."""
-    features = get_host_cpu_features() if config.CPU_FEATURES is None else config.CPU_FEATURES
-    wide = "+avx512bw" in features
-    if not wide and "+avx2" not in features:
+    wide = "+avx512bw" in _FEATURES
+    if not wide and "+avx2" not in _FEATURES:
         nothing = ir.Constant(_SHORTS, ir.Undefined)
 
         def half(vector, first):

@@ -1,0 +1,410 @@
+"""engine/cpu.py gives the logits of model.py, whatever its rows have been through."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from conftest import tiny_config, tiny_model
+from glassgpt.config import ModelConfig, Sampling
+from glassgpt.engine import Engine, cpu
+from glassgpt.engine.cpu import NumbaEngine, NumpyEngine, kernel_folder, precision_of
+from glassgpt.engine.quantize import quantize
+from glassgpt.engine.reference import ReferenceEngine
+from glassgpt.errors import UserError
+from glassgpt.generate import complete
+from glassgpt.tokenizer import CharTokenizer
+
+CONTEXT = 150  # more than two blocks of _BLOCK tokens
+# n_embd and n_hidden on both sides of a span of 256 columns, and no multiple of anything.
+LARGE: dict[str, Any] = dict(n_layer=2, vocab_size=301, n_embd=300, n_head=5, n_hidden=530)
+CONFIGS = {
+    "gpt2": tiny_config("gpt2", context_length=CONTEXT),
+    "gelu": tiny_config("gpt2", context_length=CONTEXT, activation="gelu", bias=False),
+    "relu": tiny_config("gpt2", context_length=CONTEXT, activation="relu"),
+    "gpt2-large": ModelConfig.from_shape("gpt2", **LARGE, context_length=CONTEXT),
+    "qwen3": tiny_config("modern", context_length=CONTEXT),
+    "qwen3-large": ModelConfig.from_shape(
+        "modern", **LARGE | dict(n_head=6, head_dim=18), n_kv_head=2, context_length=CONTEXT
+    ),
+    "llama": tiny_config(
+        "modern", context_length=CONTEXT, qk_norm=False, n_kv_head=1, tie_embeddings=False
+    ),
+    "bigram": tiny_config("modern", context_length=CONTEXT, n_layer=0),
+}
+every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+every_engine = pytest.mark.parametrize("make", [NumbaEngine, NumpyEngine])
+quantised = pytest.mark.parametrize("precision", ["int8", "int4"])
+
+
+@cache
+def weights_of(config: ModelConfig) -> dict[str, np.ndarray]:
+    """Random weights under which logits are a few units large, in every width."""
+    state = tiny_model(config).state_dict()
+    weights = {name: state[name].numpy().copy() for name in config.weight_shapes}
+    if config.n_embd > 100:
+        for name, array in weights.items():
+            if array.ndim > 1:
+                weights[name] = array / 3
+    return weights
+
+
+def model_of(config: ModelConfig):
+    from glassgpt.model import GPT
+
+    return GPT.from_weights(config, weights_of(config))
+
+
+def engines(make: Any, config: ModelConfig) -> tuple[Engine, Engine]:
+    return ReferenceEngine(model_of(config)), make(config, weights_of(config))
+
+
+def tokens(config: ModelConfig, *lengths: int, seed: int = 0) -> list[np.ndarray]:
+    rng = np.random.default_rng([seed, *lengths])
+    return [rng.integers(config.vocab_size, size=length) for length in lengths]
+
+
+@pytest.fixture(autouse=True)
+def many_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads share even the smallest pass, and the memory has to grow."""
+    monkeypatch.setattr(cpu, "_WORTH_A_THREAD", 1)
+    monkeypatch.setattr(cpu, "_FIRST_CAPACITY", 8)
+    monkeypatch.setattr(cpu, "usable_cores", lambda: 3)
+
+
+# -- float32: the reference's logits -------------------------------------------------------------
+
+
+@every_engine
+@every_config
+def test_rows_of_any_history_have_the_references_logits(make: Any, config: ModelConfig) -> None:
+    """Prompts of different lengths, steps of some rows, rewinding, copying, in random order."""
+    both, rng = engines(make, config), np.random.default_rng(7)
+    lengths = [0] * 5
+    for engine in both:
+        engine.open(5)
+    for turn in range(14):
+        rows = rng.permutation(5)[: rng.integers(1, 6)].tolist()
+        for row in rows:
+            if lengths[row] > 70 or rng.random() < 0.2:
+                lengths[row] = int(rng.integers(0, min(70, lengths[row]) + 1))
+                for engine in both:
+                    engine.rewind(row, lengths[row])
+        most = 1 if turn % 3 else 70
+        new = tokens(config, *(int(n) for n in rng.integers(1, most + 1, size=len(rows))),
+                     seed=turn)  # fmt: skip
+        every = turn % 4 == 3
+        expected, found = (np.array(e.read(rows, new, every=every)) for e in both)
+        assert found.dtype == np.float32
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
+        for row, some in zip(rows, new, strict=True):
+            lengths[row] += len(some)
+        if turn % 5 == 4:
+            source, *targets = rng.permutation(5)[:3].tolist()
+            for target in targets:
+                lengths[target] = lengths[source]
+            for engine in both:
+                engine.copy(source, targets)
+
+
+@every_engine
+@every_config
+def test_cached_is_uncached(make: Any, config: ModelConfig) -> None:
+    [text], engine = tokens(config, CONTEXT), make(config, weights_of(config))
+    engine.open(2)
+    whole = np.array(engine.read([1], [text], every=True))
+    pieces = [text[:1], text[1:2], text[2:90], text[90:91], text[91:]]
+    parts = [np.array(engine.read([0], [piece], every=True)) for piece in pieces]
+    np.testing.assert_allclose(np.concatenate(parts), whole, rtol=0, atol=2e-5)
+
+
+@every_engine
+@pytest.mark.parametrize("shape", ["gpt2", "qwen3", "llama"])
+def test_greedy_text_is_the_references(make: Any, shape: str) -> None:
+    """200 tokens, in a context of 13 and in one that holds them all; and one more with a seed."""
+    for context in (13, 250):
+        config = replace(CONFIGS[shape], context_length=context)
+        both = engines(make, config)
+        tokenizer = CharTokenizer.from_characters([chr(97 + i) for i in range(36)])
+        prompts = [list(range(n)) for n in (0, 3, 20)]
+        for options in ({"temperature": 0}, {"seed": 5, "top_p": 0.9, "num_samples": 2}):
+            how = Sampling(**{"max_new_tokens": 200, **options})
+            expected, found = (complete(engine, tokenizer, prompts, how) for engine in both)
+            assert found == expected
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_the_number_of_threads_changes_nothing(threads: int) -> None:
+    config = CONFIGS["gpt2-large"]
+    new, found = tokens(config, 1, 17, 66), []
+    for number in (3, threads):
+        for precision in ("float32", "int8", "int4"):
+            engine = NumbaEngine(config, weights_of(config), precision, threads=number)
+            engine.open(3)
+            found.append(np.array(engine.read([0, 1, 2], new)))
+    for one, other in zip(found[:3], found[3:], strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@every_engine
+def test_one_position_more_than_the_context(make: Any) -> None:
+    config = tiny_config("gpt2")
+    engine = make(config, weights_of(config))
+    engine.open(1)
+    engine.read([0], tokens(config, 13))
+    with pytest.raises(AssertionError, match="more than the context"):
+        engine.read([0], tokens(config, 1))
+
+
+def test_a_missing_thread_stops_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C between two passes, while the helpers wait at a meeting; then it goes on as before."""
+    config = CONFIGS["qwen3"]
+    engine = NumbaEngine(config, weights_of(config), threads=3)
+    engine.open(1)
+    [text] = tokens(config, 9)
+    expected = np.array(engine.read([0], [text]))
+    compiled = engine.kernels.forward
+
+    def interrupted(me: int, *arguments: Any) -> None:
+        if me == 0:
+            raise KeyboardInterrupt
+        compiled(me, *arguments)
+
+    kernels = type("Kernels", (), {"forward": staticmethod(interrupted)})
+    monkeypatch.setattr(engine, "kernels", kernels)
+    engine.rewind(0)
+    with pytest.raises(KeyboardInterrupt):
+        engine.read([0], [text])
+    monkeypatch.undo()
+    engine.kernels = cpu.load_kernels()
+    np.testing.assert_array_equal(engine.read([0], [text]), expected)
+
+
+def test_engines_in_several_threads_of_python() -> None:
+    config, found = CONFIGS["qwen3"], {}
+    [text] = tokens(config, 40)
+
+    def run(number: int) -> None:
+        engine = NumbaEngine(config, weights_of(config), threads=2)
+        engine.open(1)
+        found[number] = np.array(engine.read([0], [text], every=True))
+
+    workers = [threading.Thread(target=run, args=(i,)) for i in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    for logits in found.values():
+        np.testing.assert_array_equal(logits, found[0])
+    assert len(found) == 4
+
+
+# -- int8 and int4 -------------------------------------------------------------------------------
+
+
+@quantised
+@every_config
+def test_quantised_is_the_model_with_rounded_weights(config: ModelConfig, precision: Any) -> None:
+    """Kernels, NumPy and model.py with `dequantize`d weights: as near as activations of 16 bits
+    and a cache of float16 allow, which is far nearer than the rounding of the weights."""
+    rounded = {}
+    for name, array in weights_of(config).items():
+        stored = precision_of(name, config, precision)
+        rounded[name] = array
+        if stored != "float32":
+            rounded[name] = quantize(array, stored).dequantize()[:, : array.shape[1]]
+    exact = NumpyEngine(config, weights_of(config))
+    expected, compiled = NumpyEngine(config, rounded), NumbaEngine(
+        config, weights_of(config), precision
+    )  # fmt: skip
+    numpy = NumpyEngine(config, weights_of(config), precision)
+    new, found = tokens(config, 70, 1, 6, 33), []
+    for engine in (exact, expected, numpy, compiled):
+        engine.open(4)
+        engine.read(range(4), tokens(config, 3, 4, 1, 2, seed=2))
+        found.append(np.array(engine.read(range(4), new, every=True)))
+    np.testing.assert_allclose(found[2], found[1], rtol=0, atol=1e-4)
+    cost = np.abs(found[1] - found[0]).mean()
+    assert np.abs(found[3] - found[1]).mean() < 0.05 * cost
+    assert cost > 1e-3
+
+
+@quantised
+def test_a_token_alone_is_a_token_among_others(precision: Any) -> None:
+    config = CONFIGS["gpt2-large"]
+    engine = NumbaEngine(config, weights_of(config), precision)
+    new = tokens(config, *[1] * 11)
+    engine.open(11)
+    together = np.array(engine.read(range(11), new))
+    engine.open(11)
+    alone = np.concatenate([np.array(engine.read([i], [new[i]])) for i in range(11)])
+    np.testing.assert_allclose(together, alone, rtol=0, atol=1e-5)
+
+
+@quantised
+def test_bytes_per_token(precision: Any) -> None:
+    config = ModelConfig.from_shape("gpt2", vocab_size=3200, n_embd=320, n_head=5, n_layer=2,
+                                    context_length=20)  # fmt: skip
+    weights = {name: np.ones(shape, np.float32) for name, shape in config.weight_shapes.items()}
+    blocks, head = 12 * 320 * 320 * 2, 3200 * 320
+    counted = NumbaEngine(config, weights, precision).bytes_per_token
+    scales = {"int8": 4 * 9 * 320 * 2, "int4": blocks // 32 * 4}[precision] + 4 * 3200
+    assert counted == blocks // {"int8": 1, "int4": 2}[precision] + head + scales
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@quantised
+@every_engine
+def test_broken_weights_are_not_quantised(make: Any, precision: Any, bad: float) -> None:
+    config = tiny_config("gpt2")
+    weights = {name: array.copy() for name, array in weights_of(config).items()}
+    weights["blocks.1.mlp.up.weight"][3, 2] = bad
+    with pytest.raises(UserError, match="can't be quantised"):
+        make(config, weights, precision)
+
+
+@pytest.mark.parametrize("precision", ["float32", "int8", "int4"])
+@every_engine
+def test_nan_reaches_the_logits(make: Any, precision: Any) -> None:
+    """A bias is kept in float32, so that nothing refuses it on loading."""
+    for name in ("blocks.0.attn.qkv.bias", "blocks.1.mlp.up.bias", "final_norm.bias"):
+        config = tiny_config("gpt2")
+        weights = {key: array.copy() for key, array in weights_of(config).items()}
+        weights[name][-1] = np.nan
+        engine = make(config, weights, precision)
+        engine.open(1)
+        assert np.isnan(engine.read([0], [np.array([3, 4, 5, 6, 7])])).all()
+
+
+# -- other processors, other machines ------------------------------------------------------------
+
+SHORTER = {"avx2": "+avx,+avx2,+fma,+f16c,+sse4.2", "sse": "+sse4.2"}
+
+
+@pytest.mark.parametrize("processor", SHORTER)
+def test_processors_with_shorter_vectors(processor: str, tmp_path: Path) -> None:
+    """The same program compiled for less than this machine has, in a process of its own."""
+    script = f"""
+import sys; sys.path.insert(0, {str(Path(__file__).parents[1])!r})
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import numpy as np
+from test_cpu_engine import CONFIGS, NumbaEngine, tokens, weights_of
+config = CONFIGS["qwen3-large"]
+for precision in ("float32", "int8", "int4"):
+    engine = NumbaEngine(config, weights_of(config), precision, threads=2)
+    engine.open(2)
+    np.save({str(tmp_path)!r} + f"/{{precision}}.npy", engine.read([0, 1], tokens(config, 1, 9)))
+"""
+    here = os.environ | {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": SHORTER[processor],
+                         "GLASSGPT_CACHE": str(tmp_path)}  # fmt: skip
+    subprocess.run([sys.executable, "-c", script], env=here, check=True)
+    config = CONFIGS["qwen3-large"]
+    for precision in ("float32", "int8", "int4"):
+        engine = NumbaEngine(config, weights_of(config), precision)
+        engine.open(2)
+        expected = engine.read([0, 1], tokens(config, 1, 9))
+        found = np.load(tmp_path / f"{precision}.npy")
+        near = 1e-4 if precision == "float32" else 0.02  # there, the cache is float32
+        np.testing.assert_allclose(found, expected, rtol=0, atol=near)
+
+
+def test_compiled_code_is_kept_and_announced_once(tmp_path: Path) -> None:
+    script = """
+import sys
+from conftest import tiny_config
+import numpy as np
+from glassgpt.engine.cpu import NumbaEngine
+config = tiny_config("gpt2")
+weights = {name: np.ones(shape, np.float32) for name, shape in config.weight_shapes.items()}
+engine = NumbaEngine(config, weights, say=print)
+for _ in range(2):
+    engine.open(1); engine.read([0], [np.array([1])])
+print(sum(engine.kernels.forward.stats.cache_hits.values()), "torch" in sys.modules)
+"""
+    environment = os.environ | {"GLASSGPT_CACHE": str(tmp_path),
+                                "PYTHONPATH": str(Path(__file__).parents[1])}  # fmt: skip
+
+    def run(**options: Any) -> list[str]:
+        command = [sys.executable, "-c", script]
+        done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True,
+                              **options)  # fmt: skip
+        return done.stdout.splitlines()
+
+    assert run() == ["compiling the float32 kernels, once on this machine ...", "0 False"]
+    assert run() == ["1 False"]
+
+
+def test_a_disk_too_full_for_compiled_code(small_disk: Path) -> None:
+    """It decodes all the same, and says why the next process will compile again."""
+    script = """
+from conftest import tiny_config
+import numpy as np
+from glassgpt.engine.cpu import NumbaEngine
+config = tiny_config("gpt2")
+weights = {name: np.ones(shape, np.float32) for name, shape in config.weight_shapes.items()}
+engine = NumbaEngine(config, weights, say=print)
+engine.open(1)
+print(engine.read([0], [np.array([1])]).shape)
+"""
+    (small_disk / "filler").write_bytes(bytes(1_040_000))
+    environment = os.environ | {"GLASSGPT_CACHE": str(small_disk),
+                                "PYTHONPATH": str(Path(__file__).parents[1])}  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True,
+                          text=True)  # fmt: skip
+    assert done.stdout.splitlines()[-1] == "(1, 37)", done.stderr
+    assert "could not be kept" in done.stdout
+    assert "Traceback" not in done.stderr
+
+
+def test_a_cache_that_cant_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    monkeypatch.setenv("GLASSGPT_CACHE", str(tmp_path / "file"))
+    kernel_folder.cache_clear()
+    try:
+        folder = kernel_folder()
+        assert folder.is_dir()
+        assert tmp_path not in folder.parents
+    finally:
+        kernel_folder.cache_clear()
+
+
+# -- the choice ----------------------------------------------------------------------------------
+
+
+def test_the_faster_engine_is_measured_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from glassgpt.engine import choose
+
+    monkeypatch.setattr(choose, "kernel_folder", lambda: tmp_path)
+    rates, said = [{"numba": 3.0, "numpy": 4.0}, {"numba": 5.0, "numpy": 4.0}], []
+    monkeypatch.setattr(choose, "measure", lambda *_: rates.pop(0))
+    config = tiny_config("gpt2")
+    for _ in range(3):
+        assert choose.faster_engine(config, 2, said.append) == "numpy"
+    assert len(said) == 1
+    longer = replace(config, context_length=99)  # of the same shape
+    assert choose.faster_engine(longer, 2) == "numpy"
+    assert choose.faster_engine(config, 1) == "numba"  # with other threads it is another question
+    [record] = [path for path in tmp_path.iterdir() if '"numpy"' in path.read_text()][:1]
+    record.write_text(json.dumps([]))  # damaged: measured anew
+    rates[:] = [{"numba": 9.0, "numpy": 4.0}] * 2
+    assert {choose.faster_engine(config, t) for t in (1, 2)} == {"numba"}
+
+
+def test_both_engines_are_really_measured() -> None:
+    from glassgpt.engine.choose import measure
+
+    rates = measure(tiny_config("modern"), None)
+    assert set(rates) == {"numba", "numpy"}
+    assert min(rates.values()) > 0
