@@ -29,6 +29,7 @@ from glassgpt.config import ModelConfig, WeightPrecision
 from glassgpt.engine.quantize import (
     PANEL,
     ROWS,
+    SPAN,
     packed_sizes,
     padded,
     quantize,
@@ -167,7 +168,9 @@ def load_kernels() -> ModuleType:
 def kernel_folder() -> Path:
     """Where compiled code is kept; a temporary folder where the cache can't be written."""
     here = Path(__file__).parent
-    sources = [(here / f"{name}.py").read_bytes() for name in ("kernels", "simd", "quantize")]
+    sources = [
+        (here / f"{name}.py").read_bytes() for name in ("kernels", "products", "simd", "quantize")
+    ]
     version = f"{metadata.version('numba')} {platform.python_version()}"
     digest = hashlib.sha256(b"".join([version.encode(), *sources])).hexdigest()[:16]
     folder = cache_dir() / "kernels" / digest
@@ -399,7 +402,7 @@ def _make_room(kernels: ModuleType, config: ModelConfig, threads: int):
         a=np.zeros((_BLOCK, widest), np.float32),
         b=np.zeros((_BLOCK, widest), np.float32),
         whole=np.zeros((_BLOCK, widest), np.int16),
-        unit=np.zeros((_BLOCK, -(-widest // kernels.SPAN)), np.float32),
+        unit=np.zeros((_BLOCK, -(-widest // SPAN)), np.float32),
         scores=np.empty((threads, 0), np.float32),
         head=np.zeros((threads, padded(config.head_dim, PANEL)), np.float32),
         logits=np.empty((_BLOCK, padded(config.vocab_size, ROWS)), np.float32),

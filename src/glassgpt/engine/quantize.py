@@ -18,6 +18,7 @@ from glassgpt.config import WeightPrecision
 from glassgpt.errors import UserError
 
 GROUP = 32  # weights that share a scale in int4; columns are padded to a multiple of it
+SPAN = 256  # columns whose products are summed as integers: 256 * 127 * 32767 < 2^31
 _STRETCH = 1024  # rows, a multiple of ROWS
 PANEL = 16  # rows that are stored side by side, one in each lane of a vector
 ROWS = 2 * PANEL  # the kernels take two panels at a time: rows are padded to a multiple of it

@@ -17,12 +17,15 @@ import platform
 import sys
 
 from llvmlite import ir
-from numba import types
+from numba import njit, types
 from numba.core import cgutils, config
 from numba.core.codegen import get_host_cpu_features
 from numba.core.datamodel import models
 from numba.extending import intrinsic, register_model
 
+# Sums may be reordered, so that they can be vectors; NaN and infinity keep their meaning.
+FLAGS = {"reassoc", "contract", "nsz", "arcp"}
+fast = njit(nogil=True, fastmath=FLAGS, error_model="numpy")
 LANES = 16
 _FEATURES = get_host_cpu_features() if config.CPU_FEATURES is None else config.CPU_FEATURES
 HAS_FLOAT16 = "+f16c" in _FEATURES or platform.machine() in ("aarch64", "arm64")
