@@ -82,9 +82,9 @@ def test_each_engine_is_measured_once(monkeypatch, checkpoint) -> None:
     """Two names may lead to the same engine; some can't be had."""
     asked = []
 
-    def build(given, *, device, engine, weights, threads):
+    def build(given, *, device, engine, weights, threads, say):
         asked.append((engine, weights, device, threads))
-        if engine == "numba" or weights == "int4":
+        if engine == "numba" or weights in ("int4", "bfloat16"):
             raise UserError(f"no {engine} {weights}")
         return CountingEngine(given.config, f"{'gpu' if engine == 'gpu' else 'cpu'} {weights}")
 
@@ -93,7 +93,7 @@ def test_each_engine_is_measured_once(monkeypatch, checkpoint) -> None:
     assert [speed.engine for speed in found] == [
         "cpu float32", "cpu int8", "gpu float32", "gpu int8",
     ]  # fmt: skip
-    assert len(asked) == 4 * 3
+    assert len(asked) == 4 * 4
     assert {device for engine, _, device, _ in asked if engine != "gpu"} == {"cpu"}
     assert found[0].prefill.keys() == {4, 9, checkpoint.config.context_length}
     assert found[0].decode.keys() == {1, 8}
