@@ -258,7 +258,7 @@ def test_bytes_per_token(precision: Any) -> None:
     weights = {name: np.ones(shape, np.float32) for name, shape in config.weight_shapes.items()}
     blocks, head = 12 * 320 * 320 * 2, 3200 * 320
     counted = NumbaEngine(config, weights, precision).bytes_per_token
-    scales = {"int8": 4 * 9 * 320 * 2, "int4": blocks // 32 * 4}[precision] + 4 * 3200
+    scales = {"int8": 4 * 9 * 320 * 2, "int4": blocks // 32 * 2}[precision] + 4 * 3200
     assert counted == blocks // {"int8": 1, "int4": 2}[precision] + head + scales
 
 

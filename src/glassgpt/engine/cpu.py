@@ -379,7 +379,8 @@ def _matrix(
     else:
         sizes = packed_sizes(rows, n, precision)
         numbers = np.empty((L, sizes[0]), np.int8 if precision == "int8" else np.int16)
-        scales = np.empty((L, sizes[1]), np.float32)
+        halves = precision == "int4" and kernels.simd.HAS_FLOAT16
+        scales = np.empty((L, sizes[1]), np.uint16 if halves else np.float32)
     for layer, names in enumerate(layers):
         parts = [weights[f"{name}.weight"] for name in names]
         full = _float32(parts[0] if len(parts) == 1 else np.concatenate(parts))

@@ -36,7 +36,7 @@ class Matrix(NamedTuple):
     """The same matrix of every layer, (L, ...) each; `quantize.pack` explains int8 and int4."""
 
     numbers: np.ndarray  # float32 (L, m, n), int8 (L, m * n), int16 (L, m * n / 4): four each
-    scales: np.ndarray  # (L, m) for int8, (L, m * n / GROUP) for int4, else (L, 0)
+    scales: np.ndarray  # (L, m) for int8, (L, m * n / GROUP) for int4 (float16), else (L, 0)
     bias: np.ndarray  # (L, m)
 
 

@@ -174,6 +174,7 @@ def _product_int4(y, work, numbers, scales, bias, layer, first, last, N, add):
                     k = simd.dot_pairs(k, simd.nibble(words, 1), simd.pair(x, c + 2))
                     k = simd.dot_pairs(k, simd.nibble(words, 2), simd.pair(x, c + 4))
                     k = simd.dot_pairs(k, simd.nibble(words, 3), simd.pair(x, c + 6))
+                simd.prefetch(scale, groups + j // GROUP * PANEL + _AHEAD // 8)
                 s = simd.load_floats(scale, groups + j // GROUP * PANEL)
                 s = simd.multiply_add(simd.no_floats(), s, work.unit[t, j // SPAN])
                 total = simd.add_scaled(total, k, s)

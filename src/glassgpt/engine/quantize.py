@@ -3,9 +3,8 @@
     packed = quantize(matrix, "int8"); restored = packed.dequantize()    # (m, n) float32
 
 Only matrices are quantised, and only for decoding: reading them is what a token costs. int8 has
-one scale for each output channel (row), int4 one for every `GROUP` weights of a row, as in
-GGUF's Q8_0 and Q4_0 (there: 32 weights for both). This room is plain NumPy; the kernels read the
-layout described at `pack`.
+one scale for each output channel (row); int4 one for every 32 weights of a row, rounded to float16,
+as GGUF's Q4_0. This room is plain NumPy; the kernels read the layout described at `pack`.
 """
 
 from __future__ import annotations
@@ -58,6 +57,8 @@ def quantize(matrix: np.ndarray, precision: WeightPrecision) -> Quantized:
     else:
         largest = np.abs(groups).argmax(axis=2)[:, :, None]
         scales = np.take_along_axis(groups, largest, axis=2)[:, :, 0] / -8
+        with np.errstate(over="ignore"):
+            scales = scales.astype(np.float16).astype(np.float32)
     if not np.isfinite(scales).all():
         raise UserError("the model's weights are not all numbers: they can't be quantised")
     steps = groups / np.where(scales == 0, 1, scales)[:, :, None]
@@ -104,5 +105,7 @@ def quantize_into(
     for row in range(0, len(matrix), _STRETCH):
         packed = pack(quantize(matrix[row : row + _STRETCH], precision), precision)
         numbers[number : number + packed[0].size] = packed[0]
-        scales[scale : scale + packed[1].size] = packed[1]
+        halves = scales.dtype == np.uint16  # the bits of float16, which Numba does not know
+        found = packed[1].astype(np.float16).view(np.uint16) if halves else packed[1]
+        scales[scale : scale + found.size] = found
         number, scale = number + packed[0].size, scale + packed[1].size
