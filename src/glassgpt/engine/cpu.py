@@ -40,6 +40,7 @@ from glassgpt.system import cache_dir, usable_cores
 Weights = Mapping[str, np.ndarray]
 _BLOCK = 64  # tokens of one pass: many enough to use each weight well, few enough for the caches
 _FIRST_CAPACITY = 256  # positions; doubled when they are used up
+_OLDEST_NUMBA = (0, 62)  # as in pyproject.toml: from here on, LLVM's pointers have no types
 _WORTH_A_THREAD = 4_000_000  # multiplications; below, waking a thread costs more than it saves
 
 
@@ -157,6 +158,8 @@ def load_kernels() -> ModuleType:
     compiler and the processor stay the same. Raises ImportError where Numba can't be had."""
     import numba
 
+    if tuple(map(int, numba.__version__.split(".")[:2])) < _OLDEST_NUMBA:
+        raise ImportError(f"numba {numba.__version__} is too old")
     before, numba.config.CACHE_DIR = numba.config.CACHE_DIR, str(kernel_folder())  # type: ignore
     try:
         return importlib.import_module("glassgpt.engine.kernels")
