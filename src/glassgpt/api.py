@@ -5,6 +5,7 @@ The command line is a thin layer over this. torch is imported when the model is 
 
 from __future__ import annotations
 
+import logging
 import operator
 import sys
 from collections import defaultdict
@@ -13,10 +14,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from glassgpt.checkpoint import Checkpoint
 from glassgpt.config import DEVICES, EngineName, ModelConfig, Sampling, WeightPrecision
 from glassgpt.engine import Engine
-from glassgpt.engine.choose import build_engine, ignore
+from glassgpt.engine.choose import build_engine, check_choice
 from glassgpt.errors import UserError, nearest
 from glassgpt.generate import Piece, complete, stream
 from glassgpt.pretrained import load_pretrained
@@ -38,7 +41,7 @@ class LoadedModel:
         self.checkpoint, self.device = checkpoint, device
         self.config: ModelConfig = checkpoint.config
         self.tokenizer: Tokenizer = checkpoint.tokenizer
-        self._engines: dict[tuple, Engine] = {}
+        self._engine: tuple[tuple, Engine] | None = None
 
     @classmethod
     def from_folder(cls, path: str | Path, device: str = "auto") -> LoadedModel:
@@ -56,17 +59,21 @@ class LoadedModel:
         engine: EngineName = "auto",
         weights: WeightPrecision = "float32",
         threads: int | None = None,
-        say: Callable[[str], None] = ignore,
+        *,
+        compile: bool | None = False,
+        say: Callable[[str], None] = logging.getLogger("glassgpt").warning,
     ) -> Engine:
-        """What computes when text is generated, made the first time it is asked for."""
-        key = engine, weights, threads
-        if key not in self._engines:
-            # A text or two are there sooner than a compiled step for a GPU would be.
-            self._engines[key] = build_engine(
-                self.checkpoint, device=self.device, engine=engine, weights=weights,
-                threads=threads, compile=False, say=say,
-            )  # fmt: skip
-        return self._engines[key]
+        """What computes when text is generated, with rows of its own; the last one's weights are
+        kept. On a GPU, `compile` makes steps faster after half a minute of preparation."""
+        threads = check_choice(self.device, engine, weights, threads)
+        wanted = engine, weights, threads, compile
+        if self._engine is None or self._engine[0] != wanted:
+            self._engine = None  # before the next one: only one copy of the weights at a time
+            built = build_engine(self.checkpoint, device=self.device, engine=engine,
+                                 weights=weights, threads=threads, compile=compile,
+                                 say=say)  # fmt: skip
+            self._engine = wanted, built
+        return self._engine[1].another()
 
     def encode_prompt(self, prompt: str | Sequence[int]) -> list[int]:
         """Text or ids -> ids; raises `UserError` for ids outside the vocabulary."""
@@ -123,7 +130,7 @@ def _is_several(prompt: object) -> bool:
     """Whether this is a list of prompts; a list of ids, also an empty one, is a single one."""
     if isinstance(prompt, str) or not isinstance(prompt, Sequence):
         return False
-    return any(isinstance(one, Sequence) for one in prompt)
+    return any(isinstance(one, (Sequence, np.ndarray)) for one in prompt)
 
 
 def print_samples(

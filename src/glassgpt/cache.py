@@ -99,9 +99,6 @@ class KVCache:
     def advance(self, n_tokens: int) -> None:
         self.length += n_tokens
 
-    def clear(self) -> None:
-        self.length = 0
-
 
 class RowCache:
     """Some rows of a larger memory, each with a length of its own, for one forward pass.

@@ -152,7 +152,7 @@ def stream(
     """
     config = engine.config
     longest = max(map(len, prompts), default=0) + how.max_new_tokens
-    positions = min(config.context_length, longest)
+    positions = min(config.context_length, max(256, 2 * longest))  # engines double their room
     per_row = 2 * config.n_layer * config.n_kv_head * config.head_dim * positions
     together = max(1, _CACHE_NUMBERS // max(per_row, config.vocab_size))
     wanted = list(itertools.product(range(len(prompts)), range(how.num_samples)))
@@ -161,7 +161,11 @@ def stream(
             _Row(number, prompt, sample, prompts[prompt], tokenizer, how)
             for number, (prompt, sample) in enumerate(wanted[first : first + together])
         ]
-        yield from _grow(engine, rows, how)
+        try:
+            yield from _grow(engine, rows, how)
+        except MemoryError as error:
+            raise UserError(f"{len(rows)} texts of up to {longest:,} tokens do not fit in memory; "
+                            "ask for fewer or for shorter ones") from error  # fmt: skip
 
 
 def _grow(engine: Engine, rows: list[_Row], how: Sampling) -> Iterator[Piece]:

@@ -253,14 +253,14 @@ def sample(
     completion_only:
         Print what was generated without the prompt.
     weights:
-        Of the matrices: float32, int8 (up to four times as fast on a CPU), int4, or on a GPU
-        bfloat16.
+        Of the matrices: float32; int8, about four times as fast on a CPU; int4, faster again; on
+        a GPU float32 or bfloat16. With int8 and int4, keys and values are float16.
     engine:
         What computes: numba (compiled), numpy, torch (model.py as it is), gpu [the fastest].
     device:
         Where to compute: auto, cpu, cuda, mps.
     threads:
-        Of the CPU [all cores].
+        Of the CPU, for numba and torch; NumPy has its own [all cores].
     """
     import glassgpt
     from glassgpt.api import print_samples
@@ -288,11 +288,9 @@ def eval(
 ) -> None:
     """Measure how well a model predicts a text, and what quantised weights cost.
 
-    RUN is what `sample` takes; TEXT is a text file, best one that the model was not trained on.
-    Every token but the first is predicted once, given the text before it: half a context of it
-    or more, once there is so much. Loss (nats per token) and perplexity compare models with the
-    same tokenizer, bits per byte any two. With several --weights each gets a line, with its
-    change against float32.
+    RUN is what `sample` takes; TEXT is a text file that the model was not trained on, best. Every
+    token but the first is predicted once, given half a context before it or more. Loss (nats per
+    token) and perplexity compare models with the same tokenizer, bits per byte any two.
 
     Examples:
 
@@ -328,7 +326,8 @@ def eval(
     note = unknown_note(checkpoint.tokenizer, content)
     if note:
         terminal.say(f"note: {note}")
-    chosen = list(dict.fromkeys(weights)) if "all" not in weights else ["float32", "int8", "int4"]
+    every = ["float32", "int8", "int4"] if "all" in weights or not weights else []
+    chosen = list(dict.fromkeys([*every, *(w for w in weights if w != "all")]))
     try:
         found = compare_weights(checkpoint, content, chosen, engine=engine, device=device,
                                 threads=threads, max_tokens=max_tokens,

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import glassgpt
@@ -107,10 +110,37 @@ def test_the_python_api_takes_the_same_words(expected):
     }
     assert {"The small" + text + "\n" for text in texts.values()} == {expected}
     assert model.generate("The small", max_new_tokens=5, weights="int8", threads=2).text
-    assert model.engine("numpy") is model.engine("numpy")
+    assert model.engine("numpy").weights is model.engine("numpy").weights
     for options in ({"engine": "jax"}, {"weights": "int3"}, {"threads": -1}):
         with pytest.raises(UserError):
             model.generate("The small", **options)
+
+
+@pytest.mark.parametrize("engine", ["numba", "numpy", "torch"])
+def test_two_texts_at_a_time_are_what_each_is_alone(engine):
+    """Streams in turn, and calls in several threads, of one loaded model."""
+    model, how = glassgpt.load(RUN), {"max_new_tokens": 40, "engine": engine, "seed": 3}
+    prompts = ["The small", "a", "under the table"]
+    alone = [model.generate(prompt, **how).text for prompt in prompts]
+    streams = [model.generate(prompt, stream=True, **how) for prompt in prompts]
+    texts = [""] * len(prompts)
+    for pieces in itertools.zip_longest(*streams):
+        for i, piece in enumerate(pieces):
+            texts[i] += piece.text if piece else ""
+    assert texts == alone
+    with ThreadPoolExecutor(3) as pool:
+        found = pool.map(lambda prompt: model.generate(prompt, **how).text, prompts * 3)
+    assert list(found) == alone * 3
+
+
+def test_the_api_refuses_what_is_no_number(expected):
+    model = glassgpt.load(RUN)
+    for options in ({"threads": "2"}, {"threads": True}, {"threads": 1.5}, {"engine": ["numpy"]}):
+        with pytest.raises(UserError):
+            model.generate("a", max_new_tokens=1, **options)
+    assert model.generate("a", max_new_tokens=1, threads=np.int64(2))
+    texts = model.generate([np.array([1, 2]), np.array([3])], max_new_tokens=2)
+    assert len(texts) == 2
 
 
 def test_ctrl_c_ends_a_long_text(tmp_path):

@@ -21,6 +21,11 @@ class Engine(Protocol):
     name: str  # "numba int8", say
     bytes_per_token: int  # of weights that one decoding step reads, however many rows it serves
 
+    def another(self) -> Engine:
+        """An engine with the same weights and rows of its own, so that two texts can grow at a
+        time. In several threads, each needs one."""
+        ...
+
     def open(self, n_rows: int) -> None:
         """Forget everything; from now on there are `n_rows` rows without tokens."""
         ...
@@ -37,7 +42,7 @@ class Engine(Protocol):
         ...
 
     def rewind(self, row: int, length: int = 0) -> None:
-        """Forget what this row has read, but for its first `length` tokens."""
+        """Forget what this row has read, but for its first `length` tokens (no more than that)."""
         ...
 
     def copy(self, source: int, targets: Sequence[int]) -> None:

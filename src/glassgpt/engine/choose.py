@@ -8,13 +8,14 @@ the card. torch is imported only for the engines that need it.
 from __future__ import annotations
 
 import json
+import operator
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
@@ -34,6 +35,7 @@ PRECISIONS: dict[str, tuple[WeightPrecision, ...]] = {
     "torch": ("float32",),
     "gpu": ("float32", "bfloat16"),
 }
+_WORTH_A_GPU = 20_000_000  # parameters; below, a text is done before torch is imported
 _MEASURED_LAYERS = 2  # of a stand-in for the model: enough to tell the two engines apart
 _MEASURED_STEPS = 8
 
@@ -58,39 +60,59 @@ def build_engine(
     where it works). `say` takes notes for the user. Raises `UserError` for what does not go
     together, is not installed, or does not fit in memory.
     """
-    check_choice(device, engine, weights, threads)
-    if engine == "auto":
-        engine = _engine_for(checkpoint.config, device, weights, threads, say)
-    if weights not in PRECISIONS[engine]:
-        raise UserError(f"weights={weights} can't be had with engine={engine}; choose from "
-                        f"{', '.join(PRECISIONS[engine])}")  # fmt: skip
-    wrong = {"gpu": ("cpu",), "torch": ()}.get(engine, ("cuda", "mps"))
-    if device in wrong:
-        raise UserError(f"engine={engine} does not run on device={device}")
-    if engine in ("torch", "gpu"):
-        return _torch_engine(checkpoint, engine, device, weights, compile)
+    threads = check_choice(device, engine, weights, threads)
+    chosen = engine
     try:
-        if engine == "numba":
+        if chosen == "auto":
+            chosen = _engine_for(checkpoint.config, device, weights, threads, say)
+        _check_pair(chosen, device, weights)
+        if chosen in ("torch", "gpu"):
+            return _torch_engine(checkpoint, chosen, device, weights, threads, compile)
+        if chosen == "numba":
             return NumbaEngine(
                 checkpoint.config, checkpoint.weights, weights, threads=threads, say=say
             )
-        return NumpyEngine(checkpoint.config, checkpoint.weights, weights)
     except MemoryError as error:
         raise _too_large(checkpoint.config) from error
     except ImportError as error:
-        raise UserError(f"engine=numba needs the package numba ({error}): "
-                        "pip install 'glassgpt[fast]'") from error  # fmt: skip
+        if engine != "auto":
+            raise UserError(f"engine=numba needs the package numba ({error}): "
+                            "pip install 'glassgpt[fast]'") from error  # fmt: skip
+        _hint(say, error)
+    try:
+        return NumpyEngine(checkpoint.config, checkpoint.weights, weights)
+    except MemoryError as error:
+        raise _too_large(checkpoint.config) from error
 
 
-def check_choice(device: str, engine: str, weights: str, threads: int | None) -> None:
-    """Raises `UserError` for words that are no choice and impossible numbers of threads."""
+def check_choice(device: str, engine: str, weights: str, threads: Any) -> int | None:
+    """The number of threads, an int. Raises `UserError` for words that are no choice and
+    impossible numbers of threads."""
     given = {"device": (device, DEVICES), "engine": (engine, get_args(EngineName)),
              "weights": (weights, get_args(WeightPrecision))}  # fmt: skip
     for name, (value, choices) in given.items():
         if value not in choices:
             raise UserError(f"{name}={value!r}: choose from {', '.join(choices)}")
-    if threads is not None and not 1 <= threads <= MOST_THREADS:
-        raise UserError(f"threads={threads} must be 1 to {MOST_THREADS}")
+    if threads is None:
+        return None
+    try:
+        number = operator.index(threads)
+    except TypeError:
+        number = 0
+    if isinstance(threads, bool) or not 1 <= number <= MOST_THREADS:
+        raise UserError(f"threads={threads!r} must be a whole number, 1 to {MOST_THREADS}")
+    return number
+
+
+def _check_pair(engine: str, device: str, weights: WeightPrecision) -> None:
+    if weights not in PRECISIONS[engine]:
+        raise UserError(f"weights={weights} can't be had with engine={engine}; choose from "
+                        f"{', '.join(PRECISIONS[engine])}")  # fmt: skip
+    if engine == "gpu" and device == "cpu":
+        what = "weights=bfloat16" if weights == "bfloat16" else "engine=gpu"
+        raise UserError(f"{what} needs a GPU, not device=cpu")
+    if engine in ("numba", "numpy") and device in ("cuda", "mps"):
+        raise UserError(f"engine={engine} does not run on device={device}")
 
 
 def _engine_for(
@@ -100,16 +122,16 @@ def _engine_for(
     threads: int | None,
     say: Callable[[str], None],
 ) -> EngineName:
+    """Raises ImportError where there is nothing but NumPy."""
     if weights == "bfloat16" or device in ("cuda", "mps"):
         return "gpu"
-    if device == "auto" and weights == "float32" and _has_nvidia_card():
+    large = config.n_parameters > _WORTH_A_GPU
+    if device == "auto" and weights == "float32" and large and _has_nvidia_card():
         return "gpu"
-    try:
-        load_kernels()
-    except ImportError as error:
-        _hint(say, error)
-        return "numpy"
-    return faster_engine(config, threads, say) if weights == "float32" else "numba"
+    load_kernels()
+    if weights == "float32" and threads is None:
+        return faster_engine(config, say)
+    return "numba"  # NumPy would read four times the bytes, and has its own number of threads
 
 
 _hinted = False
@@ -118,10 +140,10 @@ _hinted = False
 def _hint(say: Callable[[str], None], error: ImportError) -> None:
     """Once in a process: how generation gets faster."""
     global _hinted
-    if not _hinted:
+    if say is not ignore and not _hinted:
+        _hinted = True
         why = "" if isinstance(error, ModuleNotFoundError) else f" (now: {error})"
         say(f"note: pip install 'glassgpt[fast]' makes generation on this CPU faster{why}")
-    _hinted = True
 
 
 def _has_nvidia_card() -> bool:
@@ -142,11 +164,16 @@ def _torch_engine(
     engine: EngineName,
     device: str,
     weights: WeightPrecision,
+    threads: int | None,
     compile: bool | None,
 ) -> Engine:
+    import torch
+
     from glassgpt.engine.gpu import GpuEngine
     from glassgpt.engine.reference import ReferenceEngine
 
+    if threads:
+        torch.set_num_threads(threads)
     model = torch_model(checkpoint, device)
     if engine == "torch":
         return ReferenceEngine(model)
@@ -177,11 +204,9 @@ def _too_large(config: ModelConfig) -> UserError:
 # -- measured once -------------------------------------------------------------------------------
 
 
-def faster_engine(
-    config: ModelConfig, threads: int | None, say: Callable[[str], None] = ignore
-) -> EngineName:
+def faster_engine(config: ModelConfig, say: Callable[[str], None] = ignore) -> EngineName:
     """numba or numpy for this shape of model in float32: measured the first time, then known."""
-    shape = json.dumps([asdict(replace(config, context_length=1024)), threads or usable_cores()])
+    shape = json.dumps([asdict(replace(config, context_length=1024)), usable_cores()])
     record = kernel_folder() / f"choice-{sha256(shape.encode()).hexdigest()[:16]}.json"
     try:
         known = json.loads(record.read_bytes())["engine"]
@@ -189,7 +214,7 @@ def faster_engine(
             return known
     except (OSError, ValueError, KeyError, TypeError):
         pass
-    rates = measure(config, threads, say)
+    rates = measure(config, say)
     chosen: EngineName = "numba" if rates["numba"] >= rates["numpy"] else "numpy"
     share = min(rates.values()) / max(rates.values())
     say(f"measured once for models of this shape: {chosen} takes {share:.0%} of the time that the "
@@ -202,15 +227,12 @@ def faster_engine(
     return chosen
 
 
-def measure(
-    config: ModelConfig, threads: int | None, say: Callable[[str], None] = ignore
-) -> dict[str, float]:
+def measure(config: ModelConfig, say: Callable[[str], None] = ignore) -> dict[str, float]:
     """Tokens per second of both CPU engines, of a stand-in with all of the width and few layers."""
     config = replace(config, n_layer=min(_MEASURED_LAYERS, config.n_layer), context_length=64)
     weights = {name: np.full(s, 0.01, np.float32) for name, s in config.weight_shapes.items()}
     rates = {}
-    for built in (NumbaEngine(config, weights, threads=threads, say=say),
-                  NumpyEngine(config, weights)):  # fmt: skip
+    for built in (NumbaEngine(config, weights, say=say), NumpyEngine(config, weights)):
         built.open(1)
         built.read([0], [np.zeros(8, np.int64)])
         seconds = []

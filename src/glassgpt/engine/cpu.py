@@ -12,13 +12,15 @@ import atexit
 import hashlib
 import importlib
 import math
+import os
 import platform
 import shutil
 import tempfile
+import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from copy import copy as shallow_copy
 from functools import cache
-from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 
@@ -105,6 +107,11 @@ class NumpyEngine:
         self.bytes_per_token = 4 * config.n_decoding_weights
         self.rows: list[_RowCache] = []
 
+    def another(self) -> NumpyEngine:
+        other = shallow_copy(self)
+        other.rows = []
+        return other
+
     def open(self, n_rows: int) -> None:
         self.rows = [_RowCache(self.config) for _ in range(n_rows)]
 
@@ -122,6 +129,7 @@ class NumpyEngine:
         return np.concatenate(logits)
 
     def rewind(self, row: int, length: int = 0) -> None:
+        assert length <= self.rows[row].length
         self.rows[row].length = length
 
     def copy(self, source: int, targets: Sequence[int]) -> None:
@@ -143,7 +151,7 @@ def _side_by_side(
         start += padded(array.size, line)
         stored, given = precision_of(name, config, precision), weights[name]
         if stored != "float32":
-            given = quantize(_float32(given), stored).dequantize()[:, : shape[1]]
+            given = quantize(np.asarray(given, np.float32), stored).dequantize()[:, : shape[1]]
         array[...] = given
         arrays[name] = array
     return arrays
@@ -155,26 +163,40 @@ def _side_by_side(
 @cache
 def load_kernels() -> ModuleType:
     """kernels.py, whose compiled code is kept in the cache folder for as long as its source, the
-    compiler and the processor stay the same. Raises ImportError where Numba can't be had."""
-    import numba
-
-    if tuple(map(int, numba.__version__.split(".")[:2])) < _OLDEST_NUMBA:
-        raise ImportError(f"numba {numba.__version__} is too old")
-    before, numba.config.CACHE_DIR = numba.config.CACHE_DIR, str(kernel_folder())  # type: ignore
+    compiler and the processor stay the same. Raises ImportError where Numba can't be used."""
     try:
-        return importlib.import_module("glassgpt.engine.kernels")
-    finally:
-        numba.config.CACHE_DIR = before  # type: ignore
+        import numba
+
+        if tuple(map(int, numba.__version__.split(".")[:2])) < _OLDEST_NUMBA:
+            raise ImportError(f"numba {numba.__version__} is too old")
+        if numba.config.DISABLE_JIT:  # type: ignore
+            raise ImportError("NUMBA_DISABLE_JIT is set")
+        before, numba.config.CACHE_DIR = numba.config.CACHE_DIR, str(kernel_folder())  # type: ignore
+        try:
+            return importlib.import_module("glassgpt.engine.kernels")
+        finally:
+            numba.config.CACHE_DIR = before  # type: ignore
+    except ImportError:
+        raise
+    except Exception as error:  # installed, but broken in one of many ways
+        raise ImportError(_one_line(error)) from error
+
+
+def _one_line(error: BaseException) -> str:
+    return (str(error).strip() or repr(error)).splitlines()[0][:200]
 
 
 @cache
 def kernel_folder() -> Path:
     """Where compiled code is kept; a temporary folder where the cache can't be written."""
-    here = Path(__file__).parent
-    sources = [
-        (here / f"{name}.py").read_bytes() for name in ("kernels", "products", "simd", "quantize")
-    ]
-    version = f"{metadata.version('numba')} {platform.python_version()}"
+    import llvmlite.binding
+    import numba
+
+    config, here = numba.config, Path(__file__).parent  # type: ignore
+    names = ("kernels", "products", "simd", "quantize")
+    processor = config.CPU_NAME or llvmlite.binding.get_host_cpu_name()  # type: ignore
+    version = f"{numba.__version__} {platform.python_version()} {processor} {config.CPU_FEATURES}"  # type: ignore
+    sources = [(here / f"{name}.py").read_bytes() for name in names]
     digest = hashlib.sha256(b"".join([version.encode(), *sources])).hexdigest()[:16]
     folder = cache_dir() / "kernels" / digest
     try:
@@ -187,8 +209,55 @@ def kernel_folder() -> Path:
         return Path(temporary)
 
 
+class _Team:
+    """The threads and buffers of a pass; engines that share weights share them, in turn."""
+
+    def __init__(self, kernels: ModuleType, config: ModelConfig, threads: int) -> None:
+        self.forward, self.threads = kernels.forward, threads
+        self.work = _make_room(kernels, config, threads)
+        self.sync = np.zeros(8 * (4 * config.n_layer + 2), np.int64)
+        self._multiplications = config.n_decoding_weights
+        self._hire()
+
+    def _hire(self) -> None:
+        self.lock, self._process = threading.Lock(), os.getpid()
+        self._helpers = ThreadPoolExecutor(max(1, self.threads - 1), "glassgpt-decode")
+
+    def run(self, model, work, cache, tokens, *batch, alone: bool = False) -> None:
+        """One pass; the caller, who holds the lock, is thread 0."""
+        worth = len(tokens) * self._multiplications // _WORTH_A_THREAD
+        threads = 1 if alone else max(1, min(self.threads, worth))
+        self.sync.fill(0)
+        shared = (threads, self.sync, model, work, cache, tokens, *batch)
+        others: list[Future] = []
+        try:
+            for me in range(1, threads):
+                others.append(self._helpers.submit(self._take_part, me, shared))
+            self._take_part(0, shared)
+        finally:
+            for other in others:
+                other.result()
+
+    def _take_part(self, me: int, shared: tuple) -> None:
+        try:
+            self.forward(me, *shared)
+        except BaseException:  # Ctrl-C, say: nobody must wait for this thread
+            self.sync[1] = 1
+            raise
+
+    def of_this_process(self) -> _Team:
+        """Threads don't survive a fork."""
+        if self._process != os.getpid():
+            self._hire()
+        return self
+
+
 class NumbaEngine:
-    """An `Engine` of compiled kernels: rows of a batch share each reading of the weights."""
+    """An `Engine` of compiled kernels: rows of a batch share each reading of the weights.
+
+    Quantised weights go with keys and values in float16. Raises ImportError where Numba can't be
+    used. `say` takes notes for the user.
+    """
 
     def __init__(
         self,
@@ -199,19 +268,23 @@ class NumbaEngine:
         threads: int | None = None,
         say: Callable[[str], None] = lambda text: None,
     ) -> None:
-        self.config, self.precision, self.say = config, precision, say
-        self.kernels = load_kernels()
-        self.threads = threads or usable_cores()
-        self.model = _arrange(self.kernels, config, weights, precision)
-        self.work = _make_room(self.kernels, config, self.threads)
-        self.helpers = ThreadPoolExecutor(max(1, self.threads - 1), "glassgpt-decode")
-        self.sync = np.zeros(8 * (4 * config.n_layer + 2), np.int64)
-        self.name = f"numba {precision}"
-        head = self.model.head
-        parts = (self.model.qkv, self.model.out, self.model.up, self.model.down, head)
+        kernels = load_kernels()
+        self.config, self.precision, self.name = config, precision, f"numba {precision}"
+        self.model = _arrange(kernels, config, weights, precision)
+        parts = (self.model.qkv, self.model.out, self.model.up, self.model.down, self.model.head)
         self.bytes_per_token = sum(part.numbers.nbytes + part.scales.nbytes for part in parts)
-        self._multiplications, self._warm = config.n_decoding_weights, False
-        self.open(0)
+        halves = precision != "float32" and kernels.simd.HAS_FLOAT16
+        self._cache_type = np.uint16 if halves else np.float32  # the bits of float16
+        self._team = _Team(kernels, config, threads or usable_cores())
+        self._logits = np.empty((0, config.vocab_size), np.float32)
+        self.open(1)
+        self._compile(say)
+
+    def another(self) -> NumbaEngine:
+        other = shallow_copy(self)
+        other._logits = self._logits[:0]
+        other.open(0)
+        return other
 
     def open(self, n_rows: int) -> None:
         config = self.config
@@ -219,38 +292,39 @@ class NumbaEngine:
         self.lengths = [0] * n_rows
         width = padded(config.head_dim, PANEL)
         shape = (2, config.n_layer, n_rows, config.n_kv_head, capacity, width)
-        # Quantised weights go with keys and values in float16, whose bits NumPy's uint16 carries.
-        halves = self.precision != "float32" and self.kernels.simd.HAS_FLOAT16
-        self.cache = np.zeros(shape, np.uint16 if halves else np.float32)
+        self.cache = np.zeros(shape, self._cache_type)
         self._fit(capacity)
 
     def read(
         self, rows: Sequence[int], tokens: Sequence[np.ndarray], *, every: bool = False
     ) -> np.ndarray:
-        ends = [self.lengths[row] + len(new) for row, new in zip(rows, tokens, strict=True)]
-        assert max(ends) <= self.config.context_length, "more than the context holds"
-        if max(ends) > self.cache.shape[4]:
-            self.cache = _longer(self.cache, max(ends), self.config.context_length)
-            self._fit(self.cache.shape[4])
         counts = [len(new) for new in tokens]
+        ends = np.array([self.lengths[row] for row in rows]) + counts
+        assert ends.max() <= self.config.context_length, "more than the context holds"
+        if ends.max() > self.cache.shape[4]:
+            self.cache = _longer(self.cache, ends.max(), self.config.context_length)
+            self._fit(self.cache.shape[4])
         flat = np.concatenate([np.asarray(new, np.int64) for new in tokens])
+        assert flat.min() >= 0, "no such token"
+        assert flat.max() < self.config.vocab_size, "no such token"
         owners = np.repeat(np.asarray(rows, np.int64), counts)
-        ends = np.asarray(ends)
         places = np.arange(len(flat)) + np.repeat(ends - np.cumsum(counts), counts)
         wanted = np.arange(len(flat)) if every else np.cumsum(counts) - 1
-        parts = []
+        if len(self._logits) < len(wanted):
+            self._logits = np.empty((len(wanted), self.config.vocab_size), np.float32)
+        done = 0
         for start in range(0, len(flat), _BLOCK):
             block = slice(start, start + _BLOCK)
             mine = wanted[(wanted >= start) & (wanted < start + _BLOCK)] - start
-            self._run(flat[block], owners[block], places[block], mine)
-            parts.append(self.work.logits[: len(mine), : self.config.vocab_size])
-            if len(flat) > _BLOCK:
-                parts[-1] = parts[-1].copy()
+            self._run(flat[block], owners[block], places[block], mine,
+                      self._logits[done : done + len(mine)])  # fmt: skip
+            done += len(mine)
         for row, end in zip(rows, ends.tolist(), strict=True):
             self.lengths[row] = end
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        return self._logits[:done]
 
     def rewind(self, row: int, length: int = 0) -> None:
+        assert length <= self.lengths[row]
         self.lengths[row] = length
 
     def copy(self, source: int, targets: Sequence[int]) -> None:
@@ -259,43 +333,34 @@ class NumbaEngine:
             self.cache[:, :, target, :, :length] = self.cache[:, :, source, :, :length]
             self.lengths[target] = length
 
-    def _run(self, tokens, rows, positions, wanted) -> None:
-        """One pass of up to _BLOCK tokens; this thread is number 0."""
-        if not self._warm:
-            self._compile(tokens, rows, positions, wanted)
-        threads = max(1, min(self.threads, len(tokens) * self._multiplications // _WORTH_A_THREAD))
-        self.sync.fill(0)
-        shared = (threads, *self._arguments(tokens, rows, positions, wanted))
-        forward, others = self.kernels.forward, []
-        try:
-            others = [self.helpers.submit(forward, me, *shared) for me in range(1, threads)]
-            forward(0, *shared)
-        except BaseException:  # Ctrl-C: nobody must wait for this thread
-            self.sync[1] = 1
-            raise
-        finally:
-            for other in others:
-                other.result()
+    def _run(self, tokens, rows, positions, wanted, logits, alone: bool = False) -> None:
+        """One pass of up to _BLOCK tokens -> logits (len(wanted), V)"""
+        team = self._team.of_this_process()
+        with team.lock:
+            work = team.work._replace(scores=self._scores)
+            team.run(self.model, work, self.cache, tokens, rows, positions, wanted,
+                     self.precision != "float32", alone=alone)  # fmt: skip
+            logits[...] = work.logits[: len(wanted), : logits.shape[1]]
 
-    def _arguments(self, tokens, rows, positions, wanted) -> tuple:
-        return (self.sync, self.model, self.work, self.cache, tokens, rows, positions, wanted,
-                self.precision != "float32")  # fmt: skip
-
-    def _compile(self, *batch) -> None:
-        """Run once in this thread alone, which compiles or reads what was compiled before."""
+    def _compile(self, say: Callable[[str], None]) -> None:
+        """A first token, in this thread alone: compiles, or reads what was compiled before."""
         known = kernel_folder() / f"{self.precision}.compiled"
         if not known.exists():
-            self.say(f"compiling the {self.precision} kernels, once on this machine ...")
+            kept = cache_dir() in known.parents
+            often = "once on this machine" if kept else f"anew: {cache_dir()} can't be written"
+            say(f"compiling the {self.precision} kernels, {often} ...")
+        zero, logits = np.zeros(1, np.int64), np.empty((1, self.config.vocab_size), np.float32)
         try:
-            self.kernels.forward(0, 1, *self._arguments(*batch))
+            self._run(zero, zero, zero, zero, logits, alone=True)
             known.touch()
         except OSError as error:  # a full disk: they are compiled, but will be so once more
-            self.say(f"note: the compiled kernels could not be kept: {error}")
-        self._warm = True
+            say(f"note: the compiled kernels could not be kept: {error}")
+        except Exception as error:
+            raise ImportError(f"numba can't compile: {_one_line(error)}") from error
 
     def _fit(self, capacity: int) -> None:
         """Tables and buffers whose size follows the cache's."""
-        self.work = self.work._replace(scores=np.empty((self.threads, capacity), np.float32))
+        self._scores = np.empty((self._team.threads, capacity), np.float32)
         if self.config.position == "rope":
             angles = np.outer(np.arange(capacity), self.config.rope_frequencies)
             cos, sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
@@ -345,7 +410,8 @@ def _shape(kernels: ModuleType, config: ModelConfig):
 
 
 def _float32(array: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(array, dtype=np.float32)
+    """A copy: of an array that can't be written to, Numba would compile everything once more."""
+    return np.array(array, dtype=np.float32, order="C")
 
 
 def _norms(config: ModelConfig, weights: Weights, names: list[str]) -> np.ndarray:
@@ -386,7 +452,7 @@ def _matrix(
         scales = np.empty((L, sizes[1]), np.uint16 if halves else np.float32)
     for layer, names in enumerate(layers):
         parts = [weights[f"{name}.weight"] for name in names]
-        full = _float32(parts[0] if len(parts) == 1 else np.concatenate(parts))
+        full = np.asarray(parts[0] if len(parts) == 1 else np.concatenate(parts), np.float32)
         if precision == "float32":
             numbers[layer, :m] = full
         else:
@@ -408,6 +474,6 @@ def _make_room(kernels: ModuleType, config: ModelConfig, threads: int):
         whole=np.zeros((_BLOCK, widest), np.int16),
         unit=np.zeros((_BLOCK, -(-widest // SPAN)), np.float32),
         scores=np.empty((threads, 0), np.float32),
-        head=np.zeros((threads, padded(config.head_dim, PANEL)), np.float32),
+        head=np.zeros((threads, 3, padded(config.head_dim, PANEL)), np.float32),
         logits=np.empty((_BLOCK, padded(config.vocab_size, ROWS)), np.float32),
     )

@@ -54,6 +54,9 @@ class GpuEngine:
         self.values: list[torch.Tensor] = []
         self.n_slots = self.capacity = 0
 
+    def another(self) -> GpuEngine:
+        return GpuEngine(self.model, compile=self._must_compile or self.compiled)
+
     def open(self, n_rows: int) -> None:
         self.lengths = [0] * n_rows
         n_slots = _power_of_two(n_rows)

@@ -27,7 +27,6 @@ from glassgpt.engine.products import linear, to_whole_numbers
 from glassgpt.engine.quantize import PANEL
 from glassgpt.engine.simd import FLAGS, fast
 
-# Sums may be reordered, so that they can be vectors; NaN and infinity keep their meaning.
 RELU, GELU, GELU_TANH, SWIGLU = range(4)
 ACTIVATIONS = {"relu": RELU, "gelu": GELU, "gelu_tanh": GELU_TANH, "swiglu": SWIGLU}
 
@@ -84,7 +83,7 @@ class Work(NamedTuple):
     whole: np.ndarray  # (N, widest) int16: `a` as whole numbers, for quantised matrices
     unit: np.ndarray  # (N, widest / SPAN): what 1 stands for in each span
     scores: np.ndarray  # (threads, S)
-    head: np.ndarray  # (threads, D), zeros behind D
+    head: np.ndarray  # (threads, 3, D), two of them with zeros behind D
     logits: np.ndarray  # (N, V)
 
 
@@ -177,7 +176,7 @@ def rotate(x, cos, sin):
 def attend(q, keys, values, S, scale, scores, y):
     """softmax(q k^T scale) v of one head: q, y (D,), keys and values (S or more, D).
 
-    D is padded to a multiple of 16 with zeros in keys and values; what q has there is no matter.
+    D is padded to a multiple of 16, with zeros in q, keys and values.
     """
     D = keys.shape[1]
     largest = np.float32(-np.inf)
@@ -269,14 +268,15 @@ def attention(me, threads, sync, meeting, model, work, cache, layer, rows, posit
             rotate(x, model.cos[positions[n]], model.sin[positions[n]])
         if kind > 0:
             of = h - H - (kind - 1) * K
-            remember(cache[kind - 1, layer, rows[n], of, positions[n]], x, work.head[me])
+            remember(cache[kind - 1, layer, rows[n], of, positions[n]], x, work.head[me, 0])
     meeting = wait(sync, meeting, threads)
     scale = np.float32(1 / math.sqrt(D))
     for task in range(me, N * H, threads):
         n, h = task // H, task % H
         keys = cache[0, layer, rows[n], h // (H // K)]
         values = cache[1, layer, rows[n], h // (H // K)]
-        q, y = work.b[n, h * D :], work.head[me]
+        q, y = work.head[me, 1], work.head[me, 2]
+        q[:D] = work.b[n, h * D : (h + 1) * D]
         attend(q, keys, values, positions[n] + 1, scale, work.scores[me], y)
         work.a[n, h * D : (h + 1) * D] = y[:D]
     return wait(sync, meeting, threads)

@@ -34,8 +34,6 @@ def to_whole_numbers(whole, unit, x, n):
         for j in range(span, end):
             whole[j] = np.int16(np.int32(np.floor(x[j] * inverse + np.float32(0.5))))
         unit[span // SPAN] = scale
-    for j in range(n, (n + GROUP - 1) // GROUP * GROUP):
-        whole[j] = 0
 
 
 @fast

@@ -23,6 +23,9 @@ class ReferenceEngine:
         self.name = f"torch {str(dtype).removeprefix('torch.')}"
         self.bytes_per_token = model.config.n_decoding_weights * dtype.itemsize
 
+    def another(self) -> ReferenceEngine:
+        return ReferenceEngine(self.model)
+
     def open(self, n_rows: int) -> None:
         self.caches = [self._new_cache() for _ in range(n_rows)]
 
@@ -40,6 +43,7 @@ class ReferenceEngine:
         return np.concatenate(logits)
 
     def rewind(self, row: int, length: int = 0) -> None:
+        assert length <= self.caches[row].length
         self.caches[row].length = length
 
     def copy(self, source: int, targets: Sequence[int]) -> None:

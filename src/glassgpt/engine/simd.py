@@ -118,6 +118,9 @@ def store_floats(typing, array, index, vector):  # float32, or float16 kept as u
         array, index, vector = args
         halves = signature.args[0].dtype == types.uint16
         if halves:
+            for sign, beyond in ((1, ">"), (-1, "<")):  # the largest there is, not infinity
+                limit = ir.Constant(_FLOATS, [sign * 65504.0] * LANES)
+                vector = builder.select(builder.fcmp_ordered(beyond, vector, limit), limit, vector)
             vector = builder.fptrunc(vector, _HALVES)
         where = _address(context, builder, signature.args[0], array, index, vector.type)
         builder.store(vector, where).align = 2 if halves else 4
