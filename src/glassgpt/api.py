@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 
 Prompt = str | Sequence[int]
+_log = logging.getLogger("glassgpt")  # a process that set up nothing prints its warnings
 
 
 class LoadedModel:
@@ -61,7 +62,7 @@ class LoadedModel:
         threads: int | None = None,
         *,
         compile: bool | None = False,
-        say: Callable[[str], None] = logging.getLogger("glassgpt").warning,
+        say: Callable[[str], None] = _log.warning,
     ) -> Engine:
         """What computes when text is generated, with rows of its own; the last one's weights are
         kept. On a GPU, `compile` makes steps faster after half a minute of preparation."""
