@@ -467,7 +467,7 @@ def test_many_samples_come_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     """What memory can't hold side by side comes one after the other, and is the same text."""
     model = loaded(tiny_config(vocab_size=28), CharTokenizer.from_characters(LETTERS[:27]))
     together = model.generate("abc", num_samples=7, max_new_tokens=5)
-    per_row = 2 * 2 * 3 * 4 * 8  # keys and values x layers x heads x head_dim x positions
+    per_row = 2 * 2 * 3 * 4 * 13  # keys and values x layers x heads x head_dim x context
     monkeypatch.setattr(generate, "_CACHE_NUMBERS", 2 * per_row)
     assert model.generate("abc", num_samples=7, max_new_tokens=5) == together
     engine, prompt = Uncached(model.model), model.tokenizer.encode("abc")
