@@ -8,18 +8,21 @@ from __future__ import annotations
 import shutil
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from conftest import tiny_config, tiny_model
-from glassgpt.config import ModelConfig
+from glassgpt.config import ModelConfig, Sampling
 from glassgpt.engine import Engine, gpu
 from glassgpt.engine.gpu import GpuEngine
 from glassgpt.engine.reference import ReferenceEngine
 from glassgpt.errors import UserError
+from glassgpt.generate import complete
 from glassgpt.model import CausalSelfAttention, attention_by_hand
+from glassgpt.tokenizer import CharTokenizer
 
 CONTEXT = 31  # 32 places: one more than a full text
 CONFIGS = {
@@ -341,3 +344,17 @@ def test_only_cuda_with_triton_compiles_by_itself(monkeypatch: pytest.MonkeyPatc
     assert not gpu._can_compile(torch.device("cpu"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, 1))
     assert not gpu._can_compile(torch.device("cuda"))
+
+
+@every_device
+@pytest.mark.parametrize("context", [13, 250])
+@pytest.mark.parametrize("name", ["gpt2", "qwen3", "llama"])
+def test_texts_are_the_references(name: str, context: int, device: str) -> None:
+    """200 greedy tokens and samples of a seed, in a context that slides and one that holds all."""
+    both = pair(replace(CONFIGS[name], context_length=context), device)
+    tokenizer = CharTokenizer.from_characters([chr(97 + i) for i in range(36)])
+    prompts = [list(range(n)) for n in (0, 3, 20)]
+    for options in ({"temperature": 0}, {"seed": 5, "top_p": 0.9, "num_samples": 2}):
+        how = Sampling(**{"max_new_tokens": 200, **options})
+        expected, found = (complete(engine, tokenizer, prompts, how) for engine in both)
+        assert found == expected
