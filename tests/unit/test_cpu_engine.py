@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -453,6 +454,23 @@ def test_a_cache_that_cant_be_written(tmp_path: Path, monkeypatch: pytest.Monkey
         assert tmp_path not in folder.parents
     finally:
         kernel_folder.cache_clear()
+
+
+def test_old_compiled_code_goes_after_a_month(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GLASSGPT_CACHE", str(tmp_path))
+    for name, days in (("now", 0), ("used", 29), ("old", 31)):
+        folder = tmp_path / "kernels" / name
+        (folder / "code").mkdir(parents=True)
+        then = time.time() - days * 24 * 3600
+        os.utime(folder, (then, then))
+    cpu._forget_old_code(tmp_path / "kernels" / "now")
+    assert {path.name for path in (tmp_path / "kernels").iterdir()} == {"now", "used"}
+    os.utime(tmp_path / "kernels" / "used", (0, 0))
+    monkeypatch.setenv("GLASSGPT_CACHE", str(tmp_path / "other"))
+    cpu._forget_old_code(tmp_path / "kernels" / "now")  # not in the cache: not ours to delete
+    assert (tmp_path / "kernels" / "used").exists()
 
 
 # -- the choice ----------------------------------------------------------------------------------

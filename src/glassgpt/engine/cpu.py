@@ -9,6 +9,7 @@ weights for kernels.py and runs it in as many threads as there are cores.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import hashlib
 import importlib
 import math
@@ -17,6 +18,7 @@ import platform
 import shutil
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from copy import copy as shallow_copy
@@ -43,6 +45,7 @@ Weights = Mapping[str, np.ndarray]
 _BLOCK = 64  # tokens of one pass: many enough to use each weight well, few enough for the caches
 _FIRST_CAPACITY = 256  # positions; doubled when they are used up
 _OLDEST_NUMBA = (0, 62)  # as in pyproject.toml: from here on, LLVM's pointers have no types
+_MONTH = 30 * 24 * 3600.0  # seconds
 _WORTH_A_THREAD = 4_000_000  # multiplications; below, waking a thread costs more than it saves
 
 
@@ -209,6 +212,16 @@ def kernel_folder() -> Path:
         return Path(temporary)
 
 
+def _forget_old_code(folder: Path) -> None:
+    """What was compiled from other sources, when nobody has used it for a month."""
+    if cache_dir() not in folder.parents:
+        return
+    with contextlib.suppress(OSError):  # another process does the same
+        for other in folder.parent.iterdir():
+            if other != folder and time.time() - other.stat().st_mtime > _MONTH:
+                shutil.rmtree(other, ignore_errors=True)
+
+
 class _Team:
     """The threads and buffers of a pass; engines that share weights share them, in turn."""
 
@@ -348,6 +361,7 @@ class NumbaEngine:
         if not known.exists():
             kept = cache_dir() in known.parents
             often = "once on this machine" if kept else f"anew: {cache_dir()} can't be written"
+            _forget_old_code(known.parent)
             say(f"compiling the {self.precision} kernels, {often} ...")
         zero, logits = np.zeros(1, np.int64), np.empty((1, self.config.vocab_size), np.float32)
         try:
