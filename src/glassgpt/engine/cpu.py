@@ -289,7 +289,7 @@ class NumbaEngine:
         halves = precision != "float32" and kernels.simd.HAS_FLOAT16
         self._cache_type = np.uint16 if halves else np.float32  # the bits of float16
         self._team = _Team(kernels, config, threads or usable_cores())
-        self._logits = np.empty((0, config.vocab_size), np.float32)
+        self._logits = np.empty((0, padded(config.vocab_size, ROWS)), np.float32)
         self.open(1)
         self._compile(say)
 
@@ -324,7 +324,7 @@ class NumbaEngine:
         places = np.arange(len(flat)) + np.repeat(ends - np.cumsum(counts), counts)
         wanted = np.arange(len(flat)) if every else np.cumsum(counts) - 1
         if len(self._logits) < len(wanted):
-            self._logits = np.empty((len(wanted), self.config.vocab_size), np.float32)
+            self._logits = np.empty((len(wanted), self._logits.shape[1]), np.float32)
         done = 0
         for start in range(0, len(flat), _BLOCK):
             block = slice(start, start + _BLOCK)
@@ -334,7 +334,7 @@ class NumbaEngine:
             done += len(mine)
         for row, end in zip(rows, ends.tolist(), strict=True):
             self.lengths[row] = end
-        return self._logits[:done]
+        return self._logits[:done, : self.config.vocab_size]
 
     def rewind(self, row: int, length: int = 0) -> None:
         assert length <= self.lengths[row]
@@ -347,13 +347,12 @@ class NumbaEngine:
             self.lengths[target] = length
 
     def _run(self, tokens, rows, positions, wanted, logits, alone: bool = False) -> None:
-        """One pass of up to _BLOCK tokens -> logits (len(wanted), V)"""
+        """One pass of up to _BLOCK tokens -> logits (len(wanted), V padded)"""
         team = self._team.of_this_process()
         with team.lock:
-            work = team.work._replace(scores=self._scores)
+            work = team.work._replace(scores=self._scores, logits=logits)
             team.run(self.model, work, self.cache, tokens, rows, positions, wanted,
                      self.precision != "float32", alone=alone)  # fmt: skip
-            logits[...] = work.logits[: len(wanted), : logits.shape[1]]
 
     def _compile(self, say: Callable[[str], None]) -> None:
         """A first token, in this thread alone: compiles, or reads what was compiled before."""
@@ -363,7 +362,7 @@ class NumbaEngine:
             often = "once on this machine" if kept else f"anew: {cache_dir()} can't be written"
             _forget_old_code(known.parent)
             say(f"compiling the {self.precision} kernels, {often} ...")
-        zero, logits = np.zeros(1, np.int64), np.empty((1, self.config.vocab_size), np.float32)
+        zero, logits = np.zeros(1, np.int64), np.empty((1, self._logits.shape[1]), np.float32)
         try:
             self._run(zero, zero, zero, zero, logits, alone=True)
             known.touch()
@@ -477,7 +476,7 @@ def _matrix(
 
 
 def _make_room(kernels: ModuleType, config: ModelConfig, threads: int):
-    """Buffers for a pass of up to _BLOCK tokens; those with scores come with the cache."""
+    """Buffers for a pass of up to _BLOCK tokens; scores and logits are the engine's own."""
     heads, kv = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
     hidden = config.n_hidden * (2 if config.activation == "swiglu" else 1)
     widest = padded(max(config.n_embd, heads + 2 * kv, hidden) + PANEL, ROWS)
@@ -489,5 +488,5 @@ def _make_room(kernels: ModuleType, config: ModelConfig, threads: int):
         unit=np.zeros((_BLOCK, -(-widest // SPAN)), np.float32),
         scores=np.empty((threads, 0), np.float32),
         head=np.zeros((threads, 3, padded(config.head_dim, PANEL)), np.float32),
-        logits=np.empty((_BLOCK, padded(config.vocab_size, ROWS)), np.float32),
+        logits=np.empty((0, 0), np.float32),
     )
