@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from hypothesis import settings
 
-from glassgpt.config import ModelConfig
+from glassgpt.config import ModelConfig, Sampling
 
 if TYPE_CHECKING:
+    from glassgpt.engine import Engine
+    from glassgpt.generate import Piece
     from glassgpt.model import GPT
 
 # Tiny models gain nothing from more threads, and the workers of xdist would fight for the cores.
@@ -101,3 +103,19 @@ def weights_of(model: GPT) -> dict[str, Any]:
     """The model's weights as NumPy arrays, under the names that config.weight_shapes lists."""
     state = model.state_dict()
     return {name: state[name].numpy().copy() for name in model.config.weight_shapes}
+
+
+def long_texts(engine: Engine) -> list[Piece]:
+    """200 tokens behind three prompts, greedy and drawn; for models with 37 tokens or more."""
+    from glassgpt.generate import complete
+    from glassgpt.tokenizer import CharTokenizer
+
+    tokenizer = CharTokenizer.from_characters([chr(97 + i) for i in range(36)])
+    prompts = [list(range(n)) for n in (0, 3, 20)]
+    return [
+        piece
+        for options in ({"temperature": 0}, {"seed": 5, "top_p": 0.9, "num_samples": 2})
+        for piece in complete(
+            engine, tokenizer, prompts, Sampling(**{"max_new_tokens": 200, **options})
+        )
+    ]

@@ -332,8 +332,7 @@ class Trainer:
     def _sample(self) -> None:
         if not self.config.sample_tokens:
             return
-        tokenizer = self.data.tokenizer
-        prompt = self.config.sample_prompt
+        tokenizer, prompt = self.data.tokenizer, self.config.sample_prompt
         ids = tokenizer.encode(prompt, special=True) if prompt else []
         how = Sampling(max_new_tokens=self.config.sample_tokens, temperature=0.8, top_k=200)
         [piece] = complete(ReferenceEngine(self.model), tokenizer, [ids], how)

@@ -16,14 +16,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from conftest import tiny_config, tiny_model
-from glassgpt.config import ModelConfig, Sampling
+from conftest import long_texts, tiny_config, tiny_model
+from glassgpt.config import ModelConfig
 from glassgpt.engine import Engine, cpu
 from glassgpt.engine.cpu import NumbaEngine, NumpyEngine, kernel_folder, precision_of
 from glassgpt.engine.quantize import quantize
 from glassgpt.engine.reference import ReferenceEngine
 from glassgpt.errors import UserError
-from glassgpt.generate import complete
 from glassgpt.tokenizer import CharTokenizer
 
 CONTEXT = 150  # more than two blocks of _BLOCK tokens
@@ -134,14 +133,9 @@ def test_cached_is_uncached(make: Any, config: ModelConfig) -> None:
 def test_greedy_text_is_the_references(make: Any, shape: str) -> None:
     """200 tokens, in a context of 13 and in one that holds them all; and one more with a seed."""
     for context in (13, 250):
-        config = replace(CONFIGS[shape], context_length=context)
-        both = engines(make, config)
-        tokenizer = CharTokenizer.from_characters([chr(97 + i) for i in range(36)])
-        prompts = [list(range(n)) for n in (0, 3, 20)]
-        for options in ({"temperature": 0}, {"seed": 5, "top_p": 0.9, "num_samples": 2}):
-            how = Sampling(**{"max_new_tokens": 200, **options})
-            expected, found = (complete(engine, tokenizer, prompts, how) for engine in both)
-            assert found == expected
+        both = engines(make, replace(CONFIGS[shape], context_length=context))
+        expected, found = map(long_texts, both)
+        assert found == expected
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])

@@ -14,15 +14,13 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import tiny_config, tiny_model
-from glassgpt.config import ModelConfig, Sampling
+from conftest import long_texts, tiny_config, tiny_model
+from glassgpt.config import ModelConfig
 from glassgpt.engine import Engine, gpu
 from glassgpt.engine.gpu import GpuEngine
 from glassgpt.engine.reference import ReferenceEngine
 from glassgpt.errors import UserError
-from glassgpt.generate import complete
 from glassgpt.model import CausalSelfAttention, attention_by_hand
-from glassgpt.tokenizer import CharTokenizer
 
 CONTEXT = 31  # 32 places: one more than a full text
 CONFIGS = {
@@ -352,9 +350,19 @@ def test_only_cuda_with_triton_compiles_by_itself(monkeypatch: pytest.MonkeyPatc
 def test_texts_are_the_references(name: str, context: int, device: str) -> None:
     """200 greedy tokens and samples of a seed, in a context that slides and one that holds all."""
     both = pair(replace(CONFIGS[name], context_length=context), device)
-    tokenizer = CharTokenizer.from_characters([chr(97 + i) for i in range(36)])
-    prompts = [list(range(n)) for n in (0, 3, 20)]
-    for options in ({"temperature": 0}, {"seed": 5, "top_p": 0.9, "num_samples": 2}):
-        how = Sampling(**{"max_new_tokens": 200, **options})
-        expected, found = (complete(engine, tokenizer, prompts, how) for engine in both)
-        assert found == expected
+    expected, found = map(long_texts, both)
+    assert found == expected
+
+
+@every_device
+def test_two_texts_at_a_time(device: str) -> None:
+    """`another` shares the weights; what one reads is no business of the other."""
+    first, second = pair(CONFIGS["qwen3"], device)
+    first, alone = second.another(), first
+    for engine in (alone, first, second):
+        engine.open(1)
+    text, other = np.arange(9), np.arange(9)[::-1].copy()
+    for i in range(9):
+        expected = alone.read([0], [text[i : i + 1]])
+        second.read([0], [other[i : i + 1]])
+        np.testing.assert_allclose(first.read([0], [text[i : i + 1]]), expected, rtol=0, atol=1e-4)

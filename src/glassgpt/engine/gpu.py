@@ -14,6 +14,7 @@ import importlib.util
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy as shallow_copy
 from typing import Any
 
 import numpy as np
@@ -55,7 +56,10 @@ class GpuEngine:
         self.n_slots = self.capacity = 0
 
     def another(self) -> GpuEngine:
-        return GpuEngine(self.model, compile=self._must_compile or self.compiled)
+        other = shallow_copy(self)  # the compiled step too
+        other.lengths, other.keys, other.values = [], [], []
+        other.n_slots = other.capacity = 0
+        return other
 
     def open(self, n_rows: int) -> None:
         self.lengths = [0] * n_rows

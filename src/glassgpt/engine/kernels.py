@@ -222,12 +222,12 @@ def embed(model, work, tokens, positions, n):
 
 
 def _row(x, numbers, scales, token, width):
-    raise NotImplementedError  # see _choose_row
+    """Row `token` of the head, when it is the table of embeddings as well -> x (width,)"""
 
 
 @overload(_row)
 def _choose_row(x, numbers, scales, token, width):
-    """Row `token` of the head, when it is the table of embeddings as well."""
+    """The code of `_row`, which the type of `numbers` decides when `forward` is compiled."""
 
     def row_of_float32(x, numbers, scales, token, width):
         x[:width] = numbers[0, token]

@@ -180,11 +180,12 @@ def _product_int4(y, work, numbers, scales, bias, layer, first, last, N, add):
 
 
 def _product(y, work, numbers, scales, bias, layer, first, last, N, add):
-    raise NotImplementedError  # the type of `numbers` decides, when `forward` is compiled
+    """y[:N, first:last] = a @ W[first:last].T + bias, or y += ..., of one layer's matrix W"""
 
 
 @overload(_product, jit_options={"fastmath": FLAGS, "error_model": "numpy"})
 def _choose_product(y, work, numbers, scales, bias, layer, first, last, N, add):
+    """The code of `_product`, which the type of `numbers` decides when `forward` is compiled."""
     kernel = {"float32": _product_float32, "int8": _product_int8, "int16": _product_int4}
     return kernel[numbers.dtype.name].py_func
 

@@ -208,14 +208,20 @@ def nibble(typing, vector, index):  # shorts of four signed 4-bit numbers each -
     return _shorts(vector, types.intp), generate
 
 
+def _plus_product(builder, total, factor, scale, scale_type):
+    """total + factor * scale; the scale is a vector, or one number for all lanes."""
+    if not isinstance(scale_type, _Vector):
+        scale = _splat(builder, scale, _FLOATS)
+    product = builder.fmul(factor, scale, flags=["contract"])
+    return builder.fadd(total, product, flags=["contract"])
+
+
 @intrinsic
 def add_scaled(typing, total, ints, scale):  # floats + ints * scale (floats, or one float)
     def generate(context, builder, signature, args):
         total, ints, scale = args
-        if not isinstance(signature.args[2], _Vector):
-            scale = _splat(builder, scale, _FLOATS)
-        product = builder.fmul(builder.sitofp(ints, _FLOATS), scale, flags=["contract"])
-        return builder.fadd(total, product, flags=["contract"])
+        floats = builder.sitofp(ints, _FLOATS)
+        return _plus_product(builder, total, floats, scale, signature.args[2])
 
     return _floats(total, ints, scale), generate
 
@@ -223,11 +229,7 @@ def add_scaled(typing, total, ints, scale):  # floats + ints * scale (floats, or
 @intrinsic
 def multiply_add(typing, total, a, scale):  # floats + floats * scale (floats, or one float)
     def generate(context, builder, signature, args):
-        total, a, scale = args
-        if not isinstance(signature.args[2], _Vector):
-            scale = _splat(builder, scale, _FLOATS)
-        product = builder.fmul(a, scale, flags=["contract"])
-        return builder.fadd(total, product, flags=["contract"])
+        return _plus_product(builder, *args, signature.args[2])
 
     return _floats(total, a, scale), generate
 
