@@ -1,11 +1,10 @@
-"""What a model is and how it is trained: frozen dataclasses, presets, files and overrides.
+"""What a model is and how it is trained and sampled: frozen dataclasses that check their values.
 
 Every option of the command line is a field below; its help text stands beside it.
 
     ModelConfig.from_shape("modern", vocab_size=65, n_layer=4).n_parameters
 
-Precedence: defaults < preset < TOML file < command line (`resolve_options`). This room does
-arithmetic and reads TOML; it knows no tensor, no tokenizer and no device.
+This room does arithmetic; it knows no tensor, no tokenizer, no file and no device.
 """
 
 from __future__ import annotations
@@ -14,14 +13,12 @@ import dataclasses
 import math
 import numbers
 import os
-import tomllib
 import types
 import typing
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from glassgpt.errors import UserError, explain_os_errors, nearest
+from glassgpt.errors import UserError, nearest
 
 Shape = Literal["gpt2", "modern"]
 Norm = Literal["layernorm", "rmsnorm"]
@@ -378,88 +375,13 @@ class Sampling:
             raise UserError("a stop string can't be empty")
 
 
-# -- options: the flat view of the dataclasses that TOML files and the command line share --------
-
-
-def option_types() -> dict[str, Any]:
-    """Name -> annotated type of every option of `train`, in the order people meet them."""
-    hints: dict[str, Any] = {"data": Annotated[tuple[str, ...] | None, "what to train on"]}
-    hints["shape"] = Annotated[Shape, "architecture: modern (RMSNorm, RoPE, SwiGLU) or gpt2"]
-    for cls in (TrainConfig, DataConfig, ModelConfig):
-        hints |= typing.get_type_hints(cls, include_extras=True)
-    del hints["vocab_size"], hints["rope_scaling"]  # the tokenizer decides; a checkpoint has it
-    return hints
-
-
-def names_of(cls: type) -> set[str]:
-    return {field.name for field in dataclasses.fields(cls)}
-
-
-def split_options(options: dict[str, Any]) -> tuple[dict[str, Any], DataConfig, TrainConfig]:
-    """Flat options -> (model overrides incl. "shape", DataConfig, TrainConfig)."""
-    parts = [
-        {name: value for name, value in options.items() if name in names_of(cls)}
-        for cls in (ModelConfig, DataConfig, TrainConfig)
-    ]
-    parts[0]["shape"] = options.get("shape", "modern")
-    return parts[0], DataConfig(**parts[1]), TrainConfig(**parts[2])
-
-
-_PRESETS = Path(__file__).parent / "presets"
-
-
-def preset_names() -> list[str]:
-    return sorted(path.stem for path in _PRESETS.glob("*.toml"))
-
-
-def resolve_options(
-    given: dict[str, Any], *, preset: str | None = None, config: str | Path | None = None
-) -> dict[str, Any]:
-    """Defaults < preset < file < `given`; every value checked against its field's type.
-
-    Raises `UserError` for unknown names (with the nearest valid one), wrong types, and a
-    preset or file that can't be read.
-    """
-    options: dict[str, Any] = {}
-    if preset is not None:
-        if preset not in preset_names():
-            raise UserError(
-                f"no preset {preset!r}.{nearest(str(preset), preset_names())} "
-                f"The presets are: {', '.join(preset_names())}"
-            )
-        text = (_PRESETS / f"{preset}.toml").read_text("utf-8")
-        options |= check_options(tomllib.loads(text), f"preset {preset}")
-    if config is not None:
-        with explain_os_errors(f"read {config}"):
-            raw = Path(config).read_bytes()
-        try:
-            options |= check_options(tomllib.loads(raw.decode("utf-8")), str(config))
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise UserError(f"{config} is not valid TOML: {error}") from error
-    return options | check_options(given, "the options")
-
-
-def check_options(options: dict[str, Any], where: str) -> dict[str, Any]:
-    """The same options, numbers converted to their field's type; raises `UserError`."""
-    hints = option_types()
-    checked = {}
-    for name, value in options.items():
-        key = name.replace("-", "_")
-        if key not in hints and isinstance(value, dict):
-            raise UserError(f"{where}: no tables such as [{name}], please; every option is a line "
-                            "of its own at the top, like max_steps = 500")  # fmt: skip
-        if key not in hints:
-            raise UserError(f"unknown option {name!r} in {where}.{nearest(key, hints)}")
-        if key in checked:
-            raise UserError(f"{key} stands twice in {where}")
-        checked[key] = _check_value(key, value, hints[key], f" in {where}")
-    return checked
+# -- values ------------------------------------------------------------------------------------
 
 
 def _check_types(config: DataConfig | TrainConfig | Sampling) -> None:
     """Every field holds what its annotation says; numbers and paths are converted to it."""
     for name, hint in typing.get_type_hints(type(config), include_extras=True).items():
-        object.__setattr__(config, name, _check_value(name, getattr(config, name), hint))
+        object.__setattr__(config, name, check_value(name, getattr(config, name), hint))
 
 
 def _check_seed(seed: int) -> None:
@@ -467,7 +389,8 @@ def _check_seed(seed: int) -> None:
         raise UserError(f"seed={seed} must be at least 0 and less than 2^63")
 
 
-def _check_value(name: str, value: Any, hint: Any, where: str = "") -> Any:
+def check_value(name: str, value: Any, hint: Any, where: str = "") -> Any:
+    """`value` as the annotation `hint` of the field `name` wants it; raises `UserError`."""
     kind = typing.get_args(hint)[0]  # Annotated[kind, "help"]
     if isinstance(kind, types.UnionType):
         if value is None or value == "none":

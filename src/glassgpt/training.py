@@ -22,19 +22,13 @@ from filelock import FileLock
 
 from glassgpt import checkpoint as ckpt
 from glassgpt import runtime
-from glassgpt.config import (
-    DataConfig,
-    ModelConfig,
-    TrainConfig,
-    names_of,
-    resolve_options,
-    split_options,
-)
+from glassgpt.config import DataConfig, ModelConfig, TrainConfig
 from glassgpt.data import sources
 from glassgpt.data.batches import Dataset, is_prepared, load_data
 from glassgpt.data.prepare import data_key, prepare
 from glassgpt.errors import UserError, explain_os_errors
 from glassgpt.model import crop_positions, load_weights
+from glassgpt.options import names_of, resolve_options, split_options
 from glassgpt.pretrained import load_pretrained, tokenizer_file
 from glassgpt.runlog import ByteProgress, Progress, program, require_loggers
 from glassgpt.system import cache_dir, exclusive

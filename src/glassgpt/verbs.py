@@ -23,10 +23,8 @@ from glassgpt.config import (
     Sampling,
     TrainConfig,
     WeightPrecision,
-    names_of,
-    option_types,
-    preset_names,
 )
+from glassgpt.options import names_of, option_types, preset_names
 
 if TYPE_CHECKING:
     from glassgpt.runlog import Progress

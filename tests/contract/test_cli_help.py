@@ -14,7 +14,7 @@ import pytest
 
 from glassgpt import verbs
 from glassgpt.cli import VERBS
-from glassgpt.config import option_types, preset_names
+from glassgpt.options import option_types, preset_names
 
 
 def help_of(*verb: str) -> str:

@@ -12,7 +12,8 @@ from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import glassgpt
-from glassgpt.config import ModelConfig, names_of
+from glassgpt.config import ModelConfig
+from glassgpt.options import names_of
 
 TEXT = "The quick brown fox jumps over the lazy dog; nobody knows why. " * 30
 MODEL = {"config.json", "model.safetensors", "generation_config.json", "tokenizer.json",

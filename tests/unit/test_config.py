@@ -16,11 +16,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import glassgpt.config
 from conftest import tiny_config
-from glassgpt.config import (
-    DataConfig,
-    ModelConfig,
-    Sampling,
-    TrainConfig,
+from glassgpt.config import DataConfig, ModelConfig, Sampling, TrainConfig
+from glassgpt.errors import UserError
+from glassgpt.model import GPT, CausalSelfAttention, attention_by_hand
+from glassgpt.options import (
     check_options,
     names_of,
     option_types,
@@ -28,8 +27,6 @@ from glassgpt.config import (
     resolve_options,
     split_options,
 )
-from glassgpt.errors import UserError
-from glassgpt.model import GPT, CausalSelfAttention, attention_by_hand
 
 PRESETS = Path(glassgpt.config.__file__).parent / "presets"
 

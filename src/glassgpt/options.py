@@ -1,0 +1,93 @@
+"""Options by name: the flat view of the dataclasses that presets, TOML files and verbs share.
+
+    resolve_options({"n_layer": 6}, preset="shakespeare-char", config="run.toml")
+
+Precedence: defaults < preset < TOML file < command line. This room knows what options there are
+and what type each has; what they mean stands in config.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+import typing
+from pathlib import Path
+from typing import Annotated, Any
+
+from glassgpt.config import DataConfig, ModelConfig, Shape, TrainConfig, check_value
+from glassgpt.errors import UserError, explain_os_errors, nearest
+
+
+def option_types() -> dict[str, Any]:
+    """Name -> annotated type of every option of `train`, in the order people meet them."""
+    hints: dict[str, Any] = {"data": Annotated[tuple[str, ...] | None, "what to train on"]}
+    hints["shape"] = Annotated[Shape, "architecture: modern (RMSNorm, RoPE, SwiGLU) or gpt2"]
+    for cls in (TrainConfig, DataConfig, ModelConfig):
+        hints |= typing.get_type_hints(cls, include_extras=True)
+    del hints["vocab_size"], hints["rope_scaling"]  # the tokenizer decides; a checkpoint has it
+    return hints
+
+
+def names_of(cls: type) -> set[str]:
+    return {field.name for field in dataclasses.fields(cls)}
+
+
+def split_options(options: dict[str, Any]) -> tuple[dict[str, Any], DataConfig, TrainConfig]:
+    """Flat options -> (model overrides incl. "shape", DataConfig, TrainConfig)."""
+    parts = [
+        {name: value for name, value in options.items() if name in names_of(cls)}
+        for cls in (ModelConfig, DataConfig, TrainConfig)
+    ]
+    parts[0]["shape"] = options.get("shape", "modern")
+    return parts[0], DataConfig(**parts[1]), TrainConfig(**parts[2])
+
+
+_PRESETS = Path(__file__).parent / "presets"
+
+
+def preset_names() -> list[str]:
+    return sorted(path.stem for path in _PRESETS.glob("*.toml"))
+
+
+def resolve_options(
+    given: dict[str, Any], *, preset: str | None = None, config: str | Path | None = None
+) -> dict[str, Any]:
+    """Defaults < preset < file < `given`; every value checked against its field's type.
+
+    Raises `UserError` for unknown names (with the nearest valid one), wrong types, and a
+    preset or file that can't be read.
+    """
+    options: dict[str, Any] = {}
+    if preset is not None:
+        if preset not in preset_names():
+            raise UserError(
+                f"no preset {preset!r}.{nearest(str(preset), preset_names())} "
+                f"The presets are: {', '.join(preset_names())}"
+            )
+        text = (_PRESETS / f"{preset}.toml").read_text("utf-8")
+        options |= check_options(tomllib.loads(text), f"preset {preset}")
+    if config is not None:
+        with explain_os_errors(f"read {config}"):
+            raw = Path(config).read_bytes()
+        try:
+            options |= check_options(tomllib.loads(raw.decode("utf-8")), str(config))
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise UserError(f"{config} is not valid TOML: {error}") from error
+    return options | check_options(given, "the options")
+
+
+def check_options(options: dict[str, Any], where: str) -> dict[str, Any]:
+    """The same options, numbers converted to their field's type; raises `UserError`."""
+    hints = option_types()
+    checked = {}
+    for name, value in options.items():
+        key = name.replace("-", "_")
+        if key not in hints and isinstance(value, dict):
+            raise UserError(f"{where}: no tables such as [{name}], please; every option is a line "
+                            "of its own at the top, like max_steps = 500")  # fmt: skip
+        if key not in hints:
+            raise UserError(f"unknown option {name!r} in {where}.{nearest(key, hints)}")
+        if key in checked:
+            raise UserError(f"{key} stands twice in {where}")
+        checked[key] = check_value(key, value, hints[key], f" in {where}")
+    return checked
