@@ -278,12 +278,17 @@ class TrainConfig:
     micro_batch_size: Annotated[
         int | None, "sequences at a time on a device; the rest is accumulated [all of the step's]"
     ] = None
-    learning_rate: Annotated[float, "peak learning rate"] = 2e-3
+    optimizer: Annotated[
+        Literal["muon", "adamw"], "muon: for the blocks' matrices, adamw for the rest"
+    ] = "muon"
+    learning_rate: Annotated[float, "AdamW's at its peak"] = 2e-3
+    muon_learning_rate: Annotated[float, "Muon's at its peak; both rise and fall together"] = 0.02
+    muon_momentum: Annotated[float, "Muon's memory of the gradient"] = 0.95
     min_learning_rate: Annotated[float | None, "where the decay ends [a tenth of the peak]"] = None
     warmup_steps: Annotated[int, "steps of linear warm-up"] = 100
     schedule: Annotated[Literal["cosine", "linear", "constant"], "shape of the decay"] = "cosine"
     decay_steps: Annotated[int | None, "step at which the decay ends [max_steps]"] = None
-    weight_decay: Annotated[float, "AdamW's decay, on matrices only"] = 0.1
+    weight_decay: Annotated[float, "times the learning rate: what matrices lose a step"] = 0.1
     beta1: Annotated[float, "AdamW's memory of the gradient"] = 0.9
     beta2: Annotated[float, "AdamW's memory of its square"] = 0.99
     grad_clip: Annotated[float | None, "largest norm of the gradient ('none' for off)"] = 1.0
@@ -323,13 +328,14 @@ class TrainConfig:
         _check_seed(self.seed)
         if self.threads is not None and self.threads > MOST_THREADS:
             raise UserError(f"threads={self.threads} must be at most {MOST_THREADS}")
-        if not self.learning_rate > 0:
-            raise UserError(f"learning_rate={self.learning_rate} must be greater than 0")
+        for name in ("learning_rate", "muon_learning_rate"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"{name}={getattr(self, name)} must be greater than 0")
         lowest = self.min_learning_rate
         if lowest is not None and not 0 <= lowest <= self.learning_rate:
             raise UserError(f"min_learning_rate={lowest} must lie between 0 and learning_rate="
                             f"{self.learning_rate}")  # fmt: skip
-        for name in ("beta1", "beta2"):
+        for name in ("beta1", "beta2", "muon_momentum"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be in [0, 1)")
         if self.grad_clip is not None and not self.grad_clip > 0:

@@ -1,6 +1,6 @@
 """What one optimizer step does: which parameters decay, at what rate they learn, and when.
 
-    optimizer = make_optimizer(model, config); lr = learning_rate_at(step, config)
+    optimizers = make_optimizers(model, config); lr = learning_rate_at(step, config)
 
 Schedules are pure functions of the step, so resuming needs no stored state. This room knows no
 data, loss or file.
@@ -9,12 +9,16 @@ data, loss or file.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
 from glassgpt.config import TrainConfig
+from glassgpt.errors import UserError
+from glassgpt.model import GPT
+from glassgpt.workers import Workers
 
 
 def learning_rate_at(step: int, config: TrainConfig) -> float:
@@ -31,54 +35,166 @@ def learning_rate_at(step: int, config: TrainConfig) -> float:
     return lowest + (peak - lowest) * remaining
 
 
-def make_optimizer(model: torch.nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW (arXiv:1711.05101) with weight decay on matrices only.
+# -- Muon ----------------------------------------------------------------------------------------
 
-    Biases and norm weights are few and have no direction to shrink along; embeddings are matrices
-    and decay, as in nanoGPT. The fused kernel updates all parameters in one pass over memory.
+# The quintic whose five-fold repetition takes any singular value in (0.01, 1] near 1.
+_QUINTIC = (3.4445, -4.7750, 2.0315)
+
+
+def orthogonalize(matrices: torch.Tensor, dtype: torch.dtype, steps: int = 5) -> torch.Tensor:
+    """The nearest (semi-)orthogonal matrices, roughly: all singular values become about 1.
+
+    matrices (n, rows, columns) -> the same shape, in `dtype`. Newton-Schulz iteration, which needs
+    matrix products only (Jordan et al., "Muon", 2024; arXiv:2502.16982).
     """
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
+    tall = matrices.size(-2) > matrices.size(-1)
+    x = matrices.mT if tall else matrices
+    x = (x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)).to(dtype)
+    a, b, c = _QUINTIC
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose update is made orthogonal: every direction of a matrix learns at one pace.
+
+    For the matrices inside the blocks. Queries, keys and values are matrices of their own, though
+    they share one tensor (`parts`: rows of each). All matrices of a shape are worked on together;
+    `run` may spread the groups over threads. The update of an (m, n) matrix has the spectral norm
+    sqrt(max(1, m / n)), so that one learning rate serves all widths (arXiv:2310.17813).
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[torch.nn.Parameter],
+        parts: Sequence[tuple[int, ...]],
+        *,
+        lr: float,
+        momentum: float,
+        weight_decay: float,
+        dtype: torch.dtype,
+        run: Callable[[Sequence[Callable[[], None]]], Any] = lambda calls: [c() for c in calls],
+        threads: int = 1,
+    ) -> None:
+        super().__init__(parameters, {"lr": lr, "momentum": momentum, "decay": weight_decay})
+        self.dtype, self.run = dtype, run
+        alike: dict[tuple[int, ...], list[tuple[torch.nn.Parameter, slice]]] = {}
+        for parameter, rows in zip(parameters, parts, strict=True):
+            self.state[parameter]["momentum"] = torch.zeros_like(parameter)
+            first = 0
+            for n in rows:
+                place = parameter, slice(first, first + n)
+                alike.setdefault((n, parameter.size(1)), []).append(place)
+                first += n
+        self.groups = [
+            places[i::threads] for places in alike.values() for i in range(threads) if places[i:]
+        ]
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        self.run([lambda places=places: self._update(places) for places in self.groups])
+
+    @torch.no_grad()
+    def _update(self, places: list[tuple[torch.nn.Parameter, slice]]) -> None:
+        options = self.param_groups[0]
+        gradients = torch.stack([p.grad[rows] for p, rows in places if p.grad is not None])
+        momenta = [self.state[p]["momentum"][rows] for p, rows in places]
+        stacked = torch.stack(momenta).lerp_(gradients, 1 - options["momentum"])
+        for momentum, new in zip(momenta, stacked, strict=True):
+            momentum.copy_(new)
+        updates = orthogonalize(gradients.lerp_(stacked, options["momentum"]), self.dtype)
+        rows, columns = updates.shape[1:]
+        rate = options["lr"] * max(1.0, rows / columns) ** 0.5
+        for (parameter, part), update in zip(places, updates, strict=True):
+            parameter[part].mul_(1 - options["lr"] * options["decay"]).add_(update, alpha=-rate)
+
+
+# -- both together -------------------------------------------------------------------------------
+
+
+def make_optimizers(
+    model: GPT, config: TrainConfig, *, low_precision: bool = False, workers: Workers | None = None
+) -> list[torch.optim.Optimizer]:
+    """AdamW (arXiv:1711.05101) for all, or for all that Muon does not take.
+
+    Weight decay on matrices only: biases and norm weights are few and have no direction to shrink
+    along; embeddings are matrices and decay, as in nanoGPT. The fused kernel updates all parameters
+    in one pass over memory.
+    """
+    hidden = dict(model.blocks.named_parameters()) if config.optimizer == "muon" else {}
+    hidden = {name: p for name, p in hidden.items() if p.dim() >= 2}
+    taken = set(map(id, hidden.values()))
+    rest = [p for p in model.parameters() if id(p) not in taken]
     groups = [
-        {"params": matrices, "weight_decay": config.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
+        {"params": [p for p in rest if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(
+    device = next(model.parameters()).device.type
+    adamw = torch.optim.AdamW(
         groups,
         lr=config.learning_rate,
         betas=(config.beta1, config.beta2),
-        fused=next(model.parameters()).device.type in ("cpu", "cuda", "mps"),
+        fused=device in ("cpu", "cuda", "mps"),
     )
+    if not hidden:
+        return [adamw]
+    q, kv = (n * model.config.head_dim for n in (model.config.n_head, model.config.n_kv_head))
+    threads = {} if workers is None else {"run": workers.run, "threads": workers.n}
+    muon = Muon(
+        list(hidden.values()),
+        [(q, kv, kv) if name.endswith("qkv.weight") else (len(p),) for name, p in hidden.items()],
+        lr=config.muon_learning_rate,
+        momentum=config.muon_momentum,
+        weight_decay=config.weight_decay,
+        dtype=torch.bfloat16 if low_precision else torch.float32,
+        **threads,
+    )
+    return [adamw, muon]
 
 
-_ADAM_STATE = ("exp_avg", "exp_avg_sq", "step")
+_STATE = ("exp_avg", "exp_avg_sq", "step", "momentum")
 
 
 def optimizer_tensors(
-    optimizer: torch.optim.Optimizer, model: torch.nn.Module
+    optimizers: Sequence[torch.optim.Optimizer], model: torch.nn.Module
 ) -> dict[str, np.ndarray]:
-    """What AdamW remembers, as "exp_avg.NAME-OF-PARAMETER" and so on; before its first step zeros,
-    from which it would go on in the same way."""
+    """What they remember, as "exp_avg.NAME-OF-PARAMETER" and so on; nothing before a first step."""
+    state = {p: kept for optimizer in optimizers for p, kept in optimizer.state.items()}
     return {
-        f"{key}.{name}": np.asarray(optimizer.state[parameter][key].cpu())
-        if parameter in optimizer.state
-        else np.zeros(() if key == "step" else tuple(parameter.shape), np.float32)
+        f"{key}.{name}": np.asarray(state[parameter][key].cpu())
         for name, parameter in model.named_parameters()
-        for key in _ADAM_STATE
+        for key in _STATE
+        if key in state.get(parameter, ())
     }
 
 
-def restore_optimizer(
-    optimizer: torch.optim.Optimizer, model: torch.nn.Module, tensors: Mapping[str, np.ndarray]
+def restore_optimizers(
+    optimizers: Sequence[torch.optim.Optimizer],
+    model: torch.nn.Module,
+    tensors: Mapping[str, np.ndarray],
 ) -> None:
     """Take back what `optimizer_tensors` gave."""
-    for name, parameter in model.named_parameters():
-        parts = {key: torch.from_numpy(np.array(tensors[f"{key}.{name}"])) for key in _ADAM_STATE}
-        optimizer.state[parameter] = {
-            key: part.to(parameter.device) if part.dim() else part for key, part in parts.items()
-        }
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                found = {key: tensors[f"{key}.{names[p]}"] for key in _STATE
+                         if f"{key}.{names[p]}" in tensors}  # fmt: skip
+                if found and isinstance(optimizer, Muon) is not ("momentum" in found):
+                    raise UserError("it was trained with another --optimizer; name that one")
+                for key, array in found.items():
+                    part = torch.from_numpy(np.array(array))
+                    optimizer.state[p][key] = part.to(p.device) if part.dim() else part
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+def set_learning_rate(
+    optimizers: Sequence[torch.optim.Optimizer], config: TrainConfig, learning_rate: float
+) -> None:
+    """`learning_rate` is AdamW's; Muon's rises and falls with it."""
+    for optimizer in optimizers:
+        muon = isinstance(optimizer, Muon)
+        ratio = config.muon_learning_rate / config.learning_rate if muon else 1.0
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * ratio

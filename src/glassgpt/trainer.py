@@ -14,16 +14,14 @@ import math
 import shlex
 import signal
 import time
-import warnings
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from glassgpt import checkpoint as ckpt
 from glassgpt import runtime
@@ -35,18 +33,17 @@ from glassgpt.generate import complete
 from glassgpt.model import GPT, load_weights
 from glassgpt.optim import (
     learning_rate_at,
-    make_optimizer,
+    make_optimizers,
     optimizer_tensors,
-    restore_optimizer,
+    restore_optimizers,
     set_learning_rate,
 )
+from glassgpt.passes import Passes
 from glassgpt.plot import loss_curve
 from glassgpt.runlog import Progress, RunLog, format_seconds, program, rewind_samples, write_sample
 from glassgpt.tokenizer import unknown_note
-from glassgpt.workers import Workers, useful_workers
 
-_EVAL_LOGITS = 1 << 24  # numbers per evaluation batch: large batches are fast, but must fit
-_RESUMED = ("step", "evaluations_without_best", "evaluated_step", "fits_in_memory", "samples")
+_RESUMED = ("step", "evaluations_without_best", "evaluated_step", "samples")
 
 
 @dataclass(frozen=True)
@@ -83,20 +80,15 @@ class Trainer:
         self.progress, self.options = progress, options
         torch.manual_seed(config.seed)
         self.model = GPT(model_config).to(machine.device)
-        self.optimizer = make_optimizer(self.model, config)
-        self.scaler = torch.amp.GradScaler(  # type: ignore[attr-defined]
-            machine.device.type, enabled=machine.dtype == torch.float16
-        )
         self.T = model_config.context_length
-        per_rank = max(1, round(config.batch_tokens / self.T / machine.world))
-        self.rows_per_rank, self.rows_per_step = per_rank, per_rank * machine.world
-        self.micro_batch_size = min(config.micro_batch_size or per_rank, per_rank)
-        self.fits_in_memory: int | None = None  # sequences, once more of them did not
-        self.compiled = False
-        self.may_compile = config.compile == "on" or (
-            config.compile == "auto" and machine.device.type == "cuda"
-        )
-        self.workers = self._make_workers()
+        rows = max(1, round(config.batch_tokens / self.T / machine.world))
+        self.rows_per_rank, self.rows_per_step = rows, rows * machine.world
+        self.passes = Passes(self.model, config, machine, rows=rows, progress=progress)
+        self.optimizers = make_optimizers(
+            self.model, config, low_precision=self.passes.precision == "bfloat16",
+            workers=self.passes.workers,
+        )  # fmt: skip
+        self.scaler = self.passes.scaler
         self.step = 0
         self.seconds = 0.0  # of earlier sessions
         self.first_val_loss = self.best_val_loss = math.inf
@@ -110,13 +102,15 @@ class Trainer:
     ) -> None:
         """Continue where `save` left off."""
         load_weights(self.model, saved.weights)
-        restore_optimizer(self.optimizer, self.model, optimizer)
+        self.passes.weights_changed()
+        restore_optimizers(self.optimizers, self.model, optimizer)
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         for name in _RESUMED:
             setattr(self, name, state.get(name))
+        self.passes.fits_in_memory = fits = state.get("fits_in_memory")
         if self.options.get("micro_batch_size") == state["options"].get("micro_batch_size"):
-            self.micro_batch_size = min(self.micro_batch_size, self.fits_in_memory or 1 << 62)
+            self.passes.micro_batch_size = min(self.passes.micro_batch_size, fits or 1 << 62)
         self.seconds = state["seconds"]
         for name in ("first_val_loss", "best_val_loss"):
             setattr(self, name, math.inf if state[name] is None else state[name])
@@ -133,7 +127,7 @@ class Trainer:
             self.log = RunLog(self.run, tensorboard=self.config.tensorboard,
                               wandb=self.config.wandb, options=self.options)  # fmt: skip
         self._describe()
-        self._compile()
+        self.passes.compile(*self._batch())
         self.started = self._tick = time.monotonic()
         self._tick_step = self.step
         with runtime.StopRequest().listening() as self.stop:
@@ -166,21 +160,33 @@ class Trainer:
     def _train_step(self) -> None:
         config, step = self.config, self.step
         rate = learning_rate_at(step, config)
-        set_learning_rate(self.optimizer, rate)
+        set_learning_rate(self.optimizers, config, rate)
+        key = hash((config.seed, step, self.machine.rank)) & 0x7FFFFFFF
         if self.model.config.dropout:  # masks, too, are a function of the step
-            torch.manual_seed(hash((config.seed, step, self.machine.rank)) & 0x7FFFFFFF)
-        loss = self._shrinking_to_memory(self._gradients)
-        self.scaler.unscale_(self.optimizer)
+            torch.manual_seed(key)
+        loss = self.passes.gradients(*self._batch(), key)
+        for optimizer in self.optimizers:
+            self.scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(
             self.model.parameters(), config.grad_clip or math.inf, foreach=True
         )
         numbers = self._read(loss / self.machine.world, norm, rate)
-        self.scaler.step(self.optimizer)
+        for optimizer in self.optimizers:
+            self.scaler.step(optimizer)
+            optimizer.zero_grad(set_to_none=True)
         self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.passes.weights_changed()
         self.step += 1
         if numbers is not None:
             self._record(*numbers, rate)
+
+    def _batch(self) -> tuple[np.ndarray, np.ndarray]:
+        """This process's rows of the step's batch: tokens and targets (rows, T)."""
+        first = self.machine.rank * self.rows_per_rank
+        return self.data.train.batch(
+            self.step, seed=self.config.seed, n=self.rows_per_step, T=self.T,
+            rows=slice(first, first + self.rows_per_rank),
+        )  # fmt: skip
 
     def _read(
         self, loss: torch.Tensor, norm: torch.Tensor, rate: float
@@ -200,42 +206,6 @@ class Trainer:
         if not math.isfinite(numbers[0] if self.scaler.is_enabled() else sum(numbers)):
             self._diverged(*numbers, rate)
         return numbers
-
-    def _gradients(self) -> torch.Tensor:
-        """Sum up the gradient of this step's batch, micro-batch by micro-batch; the mean loss."""
-        machine, first = self.machine, self.machine.rank * self.rows_per_rank
-        tokens, targets = self.data.train.batch(
-            self.step, seed=self.config.seed, n=self.rows_per_step, T=self.T,
-            rows=slice(first, first + self.rows_per_rank),
-        )  # fmt: skip
-
-        def work(model: Any, tokens: np.ndarray, targets: np.ndarray) -> torch.Tensor:
-            loss = self._loss(model, tokens, targets) / n_targets
-            self.scaler.scale(loss).backward()
-            return loss.detach()
-
-        n_targets = targets.size
-        total = torch.zeros((), device=machine.device)
-        for start in range(0, self.rows_per_rank, self.micro_batch_size):
-            rows = slice(start, start + self.micro_batch_size)
-            if machine.world > 1:  # gradients are averaged over ranks once, at the end
-                last = rows.stop >= self.rows_per_rank
-                self.workers.models[0].require_backward_grad_sync = last
-            for loss in self.workers.map(work, tokens[rows], targets[rows]):
-                total += loss
-        self.workers.gather_gradients()
-        if machine.world > 1:
-            torch.distributed.all_reduce(total)
-        return total
-
-    def _loss(self, model: Any, tokens: np.ndarray, targets: np.ndarray) -> torch.Tensor:
-        """Cross-entropy, summed over the targets that count, in nats."""
-        device = self.machine.device
-        with self.machine.autocast():
-            logits = model(runtime.to_device(tokens, device))  # (B, T, V)
-        flat = runtime.to_device(targets, device).flatten()
-        return F.cross_entropy(logits.flatten(0, 1).float(), flat, ignore_index=IGNORE,
-                               reduction="sum")  # fmt: skip
 
     def _record(self, loss: float, norm: float, rate: float) -> None:
         self.recent.append(loss)
@@ -297,18 +267,7 @@ class Trainer:
     def evaluate(self, split: TokenFiles) -> float | None:
         """Mean loss over a whole split (or `eval_batches` of it); None when asked to stop."""
 
-        @torch.no_grad()
-        def work(model: Any, tokens: np.ndarray, targets: np.ndarray) -> float:
-            # Ranks may have unequal shares; the last, smaller batch is not worth compiling for.
-            if machine.world > 1 or (self.compiled and len(tokens) != self.micro_batch_size):
-                model = self.model
-            return self._loss(model.eval(), tokens, targets).item()
-
-        def attempt() -> tuple[float, float]:
-            rows = self.micro_batch_size
-            if not self.compiled:  # no gradients: more fits at once, and large batches are faster
-                fit = _EVAL_LOGITS // (self.T * self.model.config.vocab_size)
-                rows = max(rows, min(4 * rows, fit))
+        def work(rows: int) -> tuple[float, float]:
             batches = split.windows(n=rows, T=self.T, rank=machine.rank, world=machine.world,
                                     limit=limit)  # fmt: skip
             total = count = 0.0
@@ -318,15 +277,12 @@ class Trainer:
                 if number % 64 == 63:
                     share = count * machine.world / (limit * self.T if limit else len(split))
                     self.progress.status(f"evaluating: {share:.0%} of the validation text")
-                total += sum(self.workers.map(work, tokens, targets))
+                total += self.passes.losses(tokens, targets)
                 count += int(np.count_nonzero(targets != IGNORE))
             return total, count
 
         machine, limit = self.machine, (self.config.eval_batches or 0) * self.rows_per_step or None
-        total, count = self._shrinking_to_memory(attempt)
-        for model in (self.model, *self.workers.models):
-            model.train()
-        total, count = machine.sum(total, count)
+        total, count = machine.sum(*self.passes.evaluate(work))
         return None if self._stop_now() else total / count
 
     def _sample(self) -> None:
@@ -346,9 +302,10 @@ class Trainer:
         """Replace `checkpoints/last` by the present moment."""
         if not self.machine.is_main:
             return
-        optimizer = optimizer_tensors(self.optimizer, self.model)
+        optimizer = optimizer_tensors(self.optimizers, self.model)
         state = {name: getattr(self, name) for name in _RESUMED}
         state |= {
+            "fits_in_memory": self.passes.fits_in_memory,
             "seconds": self._elapsed(),
             "first_val_loss": _or_none(self.first_val_loss),
             "best_val_loss": _or_none(self.best_val_loss),
@@ -378,7 +335,7 @@ class Trainer:
 
     def _finish(self, finished: bool) -> TrainResult:
         self.progress.close()
-        self.workers.close()
+        self.passes.close()
         if self.log is not None:
             self.log.close()
             if self.evaluated_step is not None:
@@ -402,78 +359,20 @@ class Trainer:
         if not self.machine.is_main:
             return
         config, data = self.model.config, self.data
-        accumulated = math.ceil(self.rows_per_rank / self.micro_batch_size)
+        accumulated = math.ceil(self.rows_per_rank / self.passes.micro_batch_size)
         self.progress.say(
             f"{config.n_parameters:,} parameters ({config.family}: {config.n_layer} layers, "
             f"{config.n_head} heads, {config.n_embd} wide, context {config.context_length}) · "
             f"{len(data.train):,} training tokens, vocabulary {config.vocab_size:,}"
         )
         epochs = self._tokens(self.config.max_steps) / len(data.train)
-        precision = str(self.machine.dtype).removeprefix("torch.")
         self.progress.say(
             f"{self.config.max_steps:,} steps of {self._tokens(1):,} tokens ({epochs:.1f} epochs"
             + (f", {accumulated} micro-batches a step" if accumulated > 1 else "")
-            + f") on {self.machine.device} in {precision} -> {self.run}"
+            + f") on {self.machine.device} in {self.passes.precision} -> {self.run}"
         )
         if note := unknown_note(data.tokenizer, self.config.sample_prompt or ""):
             self.progress.say(f"note: --sample-prompt: {note}")
-
-    def _make_workers(self) -> Workers:
-        """The model as training calls it: on every core of a CPU, in every process, compiled."""
-        model: Any = self.model
-        if self.machine.world > 1:
-            with warnings.catch_warnings():  # newer torch has another name for the same wish
-                warnings.simplefilter("ignore", FutureWarning)
-                model = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
-        elif self.machine.device.type == "cpu" and not self.may_compile:
-            # Dropout draws from one generator for all threads: their order would matter.
-            config, threads = self.model.config, torch.get_num_threads()
-            if not config.dropout:
-                n = useful_workers(threads, self.micro_batch_size, config.n_parameters)
-                return Workers(model, n)
-        return Workers(model)
-
-    def _compile(self) -> None:
-        """torch.compile where it is wanted and works; otherwise say so once and go on."""
-        if not self.may_compile:
-            return
-        try:
-            self.progress.status("compiling the model (once; a minute or so)")
-            compiled: Any = torch.compile(self.workers.models[0], dynamic=False)
-            tokens, targets = self.data.train.batch(0, seed=0, n=self.micro_batch_size, T=self.T)
-            self._loss(compiled, tokens, targets).backward()
-            self.workers.models[0], self.compiled = compiled, True
-        except Exception as error:  # the compiler fails in many ways, none of them ours
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-            self.progress.say(f"warning: torch.compile does not work here ({reason[:100]}); "
-                              "training goes on without it")  # fmt: skip
-            self.may_compile = False
-            self.workers = self._make_workers()
-        self.optimizer.zero_grad(set_to_none=True)
-
-    def _shrinking_to_memory(self, work: Callable[[], Any]) -> Any:
-        """Do `work`; when memory runs out, halve the micro-batch and do it again.
-
-        The step's batch stays the same: more micro-batches are accumulated.
-        """
-        while True:
-            try:
-                return work()
-            except (RuntimeError, MemoryError) as error:
-                if not runtime.is_out_of_memory(error):
-                    raise
-                if self.micro_batch_size == 1 or self.machine.world > 1:
-                    raise UserError(
-                        f"out of memory with micro_batch_size={self.micro_batch_size}; use a "
-                        "smaller --micro-batch-size, --context-length or model"
-                    ) from None
-            self.optimizer.zero_grad(set_to_none=True)
-            self.workers.forget_gradients()
-            if self.machine.device.type == "cuda":
-                torch.cuda.empty_cache()
-            self.micro_batch_size = self.fits_in_memory = (self.micro_batch_size + 1) // 2
-            self.progress.say(f"out of memory: going on with micro_batch_size="
-                              f"{self.micro_batch_size}, same tokens per step")  # fmt: skip
 
     def _stop_now(self) -> bool:
         """May an evaluation break off? Not with several processes: all must do the same."""

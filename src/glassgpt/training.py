@@ -143,6 +143,7 @@ def _make_trainer(
         trainer = Trainer(run, model_config, config, data, machine, progress, given)
         if base is not None:
             load_weights(trainer.model, crop_positions(base.weights, model_config))
+            trainer.passes.weights_changed()
     except (RuntimeError, MemoryError) as error:
         if not runtime.is_out_of_memory(error):
             raise
@@ -196,7 +197,9 @@ def _options_for(
     if wrong := sorted(own & asked):
         raise UserError(f"{', '.join(wrong)} can't be chosen with --from {name}, whose weights "
                         "decide; leave it out")  # fmt: skip
-    gentle = {"learning_rate": TrainConfig().learning_rate / 10}  # not to forget what it knows
+    usual = TrainConfig()
+    gentle = {name: getattr(usual, name) / 10  # not to forget what it knows
+              for name in ("learning_rate", "muon_learning_rate")}  # fmt: skip
     kept = {key: value for key, value in given.items() if key not in own}
     if kept.get("context_length", 0) > base.config.context_length and "context_length" not in asked:
         del kept["context_length"]  # a preset's wish

@@ -1,6 +1,6 @@
-"""Rows of a batch, spread over the cores: one thread each, one copy of the gradients each.
+"""Independent pieces of work, spread over the cores: one thread each.
 
-    workers = Workers(model, 2); losses = workers.map(work, tokens, targets)
+    workers = Workers(2); losses = workers.run([first_half, second_half])
 
 torch's own way to use several cores is to split every single operation, with a barrier behind
 each; in a small model that is thousands of barriers a second, and when another program takes a
@@ -11,65 +11,40 @@ one meeting a step instead of thousands. Measured in docs/LOG.md.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from typing import Any
+from typing import TypeVar
 
-import numpy as np
 import torch
 
+T_ = TypeVar("T_")
 # Every thread holds a gradient of the whole model: beyond this many numbers in all (1 GB), the
 # model is large enough for torch's way to be the better one.
 _MOST_GRADIENTS = 250_000_000
 
 
 class Workers:
-    """Applies a function to (model, rows) on this thread or, split by rows, on several."""
+    """Calls functions in this thread, or in `n` others at a time."""
 
-    def __init__(self, model: Any, n: int = 1) -> None:
-        self.models = [model]  # a module, or what wraps one (compiled, DDP)
+    def __init__(self, n: int = 1) -> None:
+        self.n = n
         self._pool: ThreadPoolExecutor | None = None
         if n > 1:
-            self.models += [share_weights(model) for _ in range(n - 1)]
             # One thread per operation, in the workers and here.
             self._pool = ThreadPoolExecutor(n, initializer=torch.set_num_threads, initargs=(1,))
             torch.set_num_threads(1)
 
-    def map(self, work: Callable[..., Any], *arrays: np.ndarray) -> list[Any]:
-        """[work(model, *rows) for each share of the rows of `arrays`], in order."""
+    def run(self, calls: Sequence[Callable[[], T_]]) -> list[T_]:
+        """What each of the `calls` gives, in order."""
         if self._pool is None:
-            return [work(self.models[0], *arrays)]
-        shares = zip(*(np.array_split(array, len(self.models)) for array in arrays), strict=True)
-        futures = [
-            self._pool.submit(work, model, *share)
-            for model, share in zip(self.models, shares, strict=True)
-            if len(share[0])
-        ]
+            return [call() for call in calls]
+        futures = [self._pool.submit(call) for call in calls]
         wait(futures)  # also when one failed: none may still be at work on its gradients
         return [future.result() for future in futures]
 
     def close(self) -> None:
         if self._pool is not None:
             self._pool.shutdown()
-
-    def gather_gradients(self) -> None:
-        """Add every copy's gradients to the first model's, and forget them there."""
-        for index in range(1, len(self.models)):
-            for mine, theirs in zip(self._parameters(0), self._parameters(index), strict=True):
-                if theirs.grad is None:  # no share of a small batch
-                    continue
-                assert mine.grad is not None
-                mine.grad += theirs.grad
-                theirs.grad = None
-
-    def forget_gradients(self) -> None:
-        """After a step that failed half-way."""
-        for index in range(1, len(self.models)):
-            for parameter in self._parameters(index):
-                parameter.grad = None
-
-    def _parameters(self, index: int) -> list[torch.nn.Parameter]:
-        return list(self.models[index].parameters())
 
 
 def useful_workers(threads: int, rows: int, n_parameters: int) -> int:

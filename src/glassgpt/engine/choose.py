@@ -22,7 +22,8 @@ import numpy as np
 from glassgpt.checkpoint import Checkpoint
 from glassgpt.config import DEVICES, MOST_THREADS, EngineName, ModelConfig, WeightPrecision
 from glassgpt.engine import Engine
-from glassgpt.engine.cpu import NumbaEngine, NumpyEngine, kernel_folder, load_kernels
+from glassgpt.engine.compiled import kernel_folder, load_kernels
+from glassgpt.engine.cpu import NumbaEngine, NumpyEngine
 from glassgpt.errors import UserError
 from glassgpt.system import usable_cores, write_file
 
@@ -128,7 +129,7 @@ def _engine_for(
     large = config.n_parameters > _WORTH_A_GPU
     if device == "auto" and weights == "float32" and large and _has_nvidia_card():
         return "gpu"
-    load_kernels()
+    load_kernels("glassgpt.engine.kernels")
     if weights == "float32" and threads is None:
         return faster_engine(config, say)
     return "numba"  # NumPy would read four times the bytes, and has its own number of threads

@@ -8,28 +8,19 @@ weights for kernels.py and runs it in as many threads as there are cores.
 
 from __future__ import annotations
 
-import atexit
-import contextlib
-import hashlib
-import importlib
 import math
 import os
-import platform
-import shutil
-import tempfile
 import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from copy import copy as shallow_copy
-from functools import cache
-from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 
 from glassgpt import numpy_gpt
 from glassgpt.config import ModelConfig, WeightPrecision
+from glassgpt.engine.compiled import first_call, load_kernels
 from glassgpt.engine.quantize import (
     PANEL,
     ROWS,
@@ -39,13 +30,11 @@ from glassgpt.engine.quantize import (
     quantize,
     quantize_into,
 )
-from glassgpt.system import cache_dir, usable_cores
+from glassgpt.system import usable_cores
 
 Weights = Mapping[str, np.ndarray]
 _BLOCK = 64  # tokens of one pass: many enough to use each weight well, few enough for the caches
 _FIRST_CAPACITY = 256  # positions; doubled when they are used up
-_OLDEST_NUMBA = (0, 62)  # as in pyproject.toml: from here on, LLVM's pointers have no types
-_MONTH = 30 * 24 * 3600.0  # seconds
 _WORTH_A_THREAD = 4_000_000  # multiplications; below, waking a thread costs more than it saves
 
 
@@ -160,66 +149,7 @@ def _side_by_side(
     return arrays
 
 
-# -- compiled kernels ----------------------------------------------------------------------------
-
-
-@cache
-def load_kernels() -> ModuleType:
-    """kernels.py, whose compiled code is kept in the cache folder for as long as its source, the
-    compiler and the processor stay the same. Raises ImportError where Numba can't be used."""
-    try:
-        import numba
-
-        if tuple(map(int, numba.__version__.split(".")[:2])) < _OLDEST_NUMBA:
-            raise ImportError(f"numba {numba.__version__} is too old")
-        if numba.config.DISABLE_JIT:  # type: ignore
-            raise ImportError("NUMBA_DISABLE_JIT is set")
-        before, numba.config.CACHE_DIR = numba.config.CACHE_DIR, str(kernel_folder())  # type: ignore
-        try:
-            return importlib.import_module("glassgpt.engine.kernels")
-        finally:
-            numba.config.CACHE_DIR = before  # type: ignore
-    except ImportError:
-        raise
-    except Exception as error:  # installed, but broken in one of many ways
-        raise ImportError(_one_line(error)) from error
-
-
-def _one_line(error: BaseException) -> str:
-    return (str(error).strip() or repr(error)).splitlines()[0][:200]
-
-
-@cache
-def kernel_folder() -> Path:
-    """Where compiled code is kept; a temporary folder where the cache can't be written."""
-    import llvmlite.binding
-    import numba
-
-    config, here = numba.config, Path(__file__).parent  # type: ignore
-    names = ("kernels", "products", "simd", "quantize")
-    processor = config.CPU_NAME or llvmlite.binding.get_host_cpu_name()  # type: ignore
-    version = f"{numba.__version__} {platform.python_version()} {processor} {config.CPU_FEATURES}"  # type: ignore
-    sources = [(here / f"{name}.py").read_bytes() for name in names]
-    digest = hashlib.sha256(b"".join([version.encode(), *sources])).hexdigest()[:16]
-    folder = cache_dir() / "kernels" / digest
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return folder
-    except OSError:
-        temporary = tempfile.mkdtemp(prefix="glassgpt-kernels-")
-        atexit.register(shutil.rmtree, temporary, ignore_errors=True)
-        return Path(temporary)
-
-
-def _forget_old_code(folder: Path) -> None:
-    """What was compiled from other sources, when nobody has used it for a month."""
-    if cache_dir() not in folder.parents:
-        return
-    with contextlib.suppress(OSError):  # another process does the same
-        for other in folder.parent.iterdir():
-            if other != folder and time.time() - other.stat().st_mtime > _MONTH:
-                shutil.rmtree(other, ignore_errors=True)
+# -- the compiled engine -------------------------------------------------------------------------
 
 
 class _Team:
@@ -281,7 +211,7 @@ class NumbaEngine:
         threads: int | None = None,
         say: Callable[[str], None] = lambda text: None,
     ) -> None:
-        kernels = load_kernels()
+        kernels = load_kernels("glassgpt.engine.kernels")
         self.config, self.precision, self.name = config, precision, f"numba {precision}"
         self.model = _arrange(kernels, config, weights, precision)
         parts = (self.model.qkv, self.model.out, self.model.up, self.model.down, self.model.head)
@@ -356,20 +286,9 @@ class NumbaEngine:
 
     def _compile(self, say: Callable[[str], None]) -> None:
         """A first token, in this thread alone: compiles, or reads what was compiled before."""
-        known = kernel_folder() / f"{self.precision}.compiled"
-        if not known.exists():
-            kept = cache_dir() in known.parents
-            often = "once on this machine" if kept else f"anew: {cache_dir()} can't be written"
-            _forget_old_code(known.parent)
-            say(f"compiling the {self.precision} kernels, {often} ...")
         zero, logits = np.zeros(1, np.int64), np.empty((1, self._logits.shape[1]), np.float32)
-        try:
+        with first_call(self.precision, say):
             self._run(zero, zero, zero, zero, logits, alone=True)
-            known.touch()
-        except OSError as error:  # a full disk: they are compiled, but will be so once more
-            say(f"note: the compiled kernels could not be kept: {error}")
-        except Exception as error:
-            raise ImportError(f"numba can't compile: {_one_line(error)}") from error
 
     def _fit(self, capacity: int) -> None:
         """Tables and buffers whose size follows the cache's."""

@@ -1,0 +1,289 @@
+"""Forward and backward passes of a batch on this machine, whatever it is.
+
+    passes = Passes(model, config, machine, rows=32); loss = passes.gradients(tokens, targets)
+
+One place decides how: compiled on a GPU, averaged over the processes of a torchrun, by hand
+(fused/) or by autograd over the cores of a CPU; and what happens when memory runs out. It knows no
+optimizer, no schedule and no file.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from glassgpt import runtime
+from glassgpt.config import TrainConfig
+from glassgpt.data.batches import IGNORE
+from glassgpt.engine.compiled import first_call
+from glassgpt.errors import UserError
+from glassgpt.fused.step import FusedStep, Weights, can_fuse, multiplies_bfloat16
+from glassgpt.model import GPT
+from glassgpt.runlog import Progress
+from glassgpt.workers import Workers, share_weights, useful_workers
+
+_EVAL_LOGITS = 1 << 24  # numbers per evaluation batch: large batches are fast, but must fit
+T_ = TypeVar("T_")
+
+
+class Step(Protocol):
+    """Adds the gradients of some rows to those of `model`."""
+
+    @property
+    def model(self) -> GPT: ...
+
+    def __call__(
+        self, tokens: np.ndarray, targets: np.ndarray, scale: float, key: int
+    ) -> torch.Tensor | float:
+        """The summed loss of (B, T) tokens, whose gradients are taken times `scale`."""
+        ...
+
+
+class AutogradStep:
+    """model.py as it is, or what wraps it (compiled, DDP)."""
+
+    def __init__(self, model: GPT, machine: runtime.Machine, scaler: Any) -> None:
+        self.model, self.called, self.machine, self.scaler = model, model, machine, scaler
+
+    def __call__(
+        self, tokens: np.ndarray, targets: np.ndarray, scale: float, key: int
+    ) -> torch.Tensor | float:
+        loss = self.loss(tokens, targets)
+        self.scaler.scale(loss * scale).backward()
+        return loss.detach()
+
+    def loss(self, tokens: np.ndarray, targets: np.ndarray) -> torch.Tensor:
+        """Cross-entropy, summed over the targets that count, in nats."""
+        return summed_loss(self.called, tokens, targets, self.machine)
+
+
+def summed_loss(
+    model: Any, tokens: np.ndarray, targets: np.ndarray, machine: runtime.Machine
+) -> torch.Tensor:
+    with machine.autocast():
+        logits = model(runtime.to_device(tokens, machine.device))  # (B, T, V)
+    flat = runtime.to_device(targets, machine.device).flatten()
+    return F.cross_entropy(logits.flatten(0, 1).float(), flat, ignore_index=IGNORE,
+                           reduction="sum")  # fmt: skip
+
+
+class Passes:
+    """All that a training step and an evaluation do between tokens and gradients."""
+
+    def __init__(
+        self,
+        model: GPT,
+        config: TrainConfig,
+        machine: runtime.Machine,
+        *,
+        rows: int,
+        progress: Progress,
+    ) -> None:
+        self.model, self.config, self.machine, self.progress = model, config, machine, progress
+        self.rows = rows  # of this process, in a step
+        self.scaler = torch.amp.GradScaler(  # type: ignore[attr-defined]
+            machine.device.type, enabled=machine.dtype == torch.float16
+        )
+        self.micro_batch_size = min(config.micro_batch_size or rows, rows)
+        self.fits_in_memory: int | None = None  # sequences, once more of them did not
+        self.compiled = False
+        self.may_compile = config.compile == "on" or (
+            config.compile == "auto" and machine.device.type == "cuda"
+        )
+        self.weights: Weights | None = None  # of the fused step
+        self.workers = Workers(1)
+        self.steps = self._make_steps()
+
+    @property
+    def precision(self) -> str:
+        dtype = self.machine.dtype if self.weights is None else self.weights.dtype
+        return str(dtype).removeprefix("torch.")
+
+    # -- what training calls ---------------------------------------------------------------------
+
+    def gradients(self, tokens: np.ndarray, targets: np.ndarray, key: int = 0) -> torch.Tensor:
+        """Set the gradients of the mean loss of a step's rows; the mean loss of this process.
+
+        `key` decides what dropout drops.
+        """
+        n_targets = max(1, int(np.count_nonzero(targets != IGNORE)))
+
+        def attempt() -> torch.Tensor:
+            total = torch.zeros((), device=self.machine.device)
+            for start in range(0, self.rows, self.micro_batch_size):
+                rows = slice(start, start + self.micro_batch_size)
+                if self.machine.world > 1:  # gradients are averaged over ranks once, at the end
+                    last = rows.stop >= self.rows
+                    self.steps[0].called.require_backward_grad_sync = last  # type: ignore
+                for loss in self._share(work, tokens[rows], targets[rows], start):
+                    total += loss
+            self._gather()
+            return total / n_targets
+
+        def work(step: Step, tokens: np.ndarray, targets: np.ndarray, first: int) -> Any:
+            return step(tokens, targets, 1 / n_targets, hash((key, first)))
+
+        total = self._shrinking_to_memory(attempt)
+        if self.machine.world > 1:
+            torch.distributed.all_reduce(total)
+        return total
+
+    @torch.no_grad()
+    def losses(self, tokens: np.ndarray, targets: np.ndarray) -> float:
+        """The summed loss of some rows, in the machine's precision, without dropout."""
+
+        def work(step: Any, tokens: np.ndarray, targets: np.ndarray, first: int) -> float:
+            model = step.model.eval()
+            # Ranks may have unequal shares; the last, smaller batch is not worth compiling for.
+            if self.compiled and len(tokens) == self.micro_batch_size and self.machine.world == 1:
+                model = step.called
+            return summed_loss(model, tokens, targets, self.machine).item()
+
+        return sum(self._share(work, tokens, targets, 0))
+
+    def evaluate(self, work: Callable[[int], T_]) -> T_:
+        """Call `work` with the number of rows for each call of `losses`, less where memory ends."""
+
+        def attempt() -> T_:
+            rows = self.micro_batch_size
+            if not self.compiled:  # no gradients: more fits at once, and large batches are faster
+                config = self.model.config
+                fit = _EVAL_LOGITS // (config.context_length * config.vocab_size)
+                rows = max(rows, min(4 * rows, fit))
+            return work(rows)
+
+        try:
+            return self._shrinking_to_memory(attempt)
+        finally:
+            for step in self.steps:
+                step.model.train()
+
+    def weights_changed(self) -> None:
+        """After every step of the optimizer."""
+        if self.weights is not None:
+            self.weights.refresh()
+
+    def compile(self, tokens: np.ndarray, targets: np.ndarray) -> None:
+        """Get ready for rows like these: kernels, torch.compile; what fails is said and left out.
+
+        Raises nothing: a compiler fails in many ways, and training goes on without it.
+        """
+        if self.weights is not None:
+            try:
+                with first_call(f"{self.precision} training", self.progress.say):
+                    self.steps[0](tokens[:1], targets[:1], 0.0, 0)
+            except ImportError as error:
+                self._without_compiler("the fused step", error)
+        elif self.may_compile:
+            try:
+                self.progress.status("compiling the model (once; a minute or so)")
+                step: Any = self.steps[0]
+                step.called = torch.compile(step.called, dynamic=False)
+                rows = slice(self.micro_batch_size)
+                step.loss(tokens[rows], targets[rows]).backward()
+                self.compiled = True
+            except Exception as error:
+                self._without_compiler("torch.compile", error)
+        self._forget()
+
+    def close(self) -> None:
+        self.workers.close()
+
+    # -- how -------------------------------------------------------------------------------------
+
+    def _make_steps(self) -> Sequence[Step]:
+        """One for each thread that takes a share of the rows."""
+        model, machine, n_parameters = self.model, self.machine, self.model.config.n_parameters
+        if machine.world > 1:
+            with warnings.catch_warnings():  # newer torch has another name for the same wish
+                warnings.simplefilter("ignore", FutureWarning)
+                step = AutogradStep(model, machine, self.scaler)
+                step.called = torch.nn.parallel.DistributedDataParallel(  # type: ignore
+                    model, broadcast_buffers=False
+                )
+            return [step]
+        n = useful_workers(torch.get_num_threads(), self.micro_batch_size, n_parameters)
+        if machine.device.type == "cpu" and not self.may_compile:
+            fused = can_fuse(model.config) and machine.dtype != torch.float16
+            if fused and (n > 1 or torch.get_num_threads() == 1 or self.rows == 1):
+                return self._fused_steps(n)
+            # Dropout draws from one generator for all threads: their order would matter.
+            if not model.config.dropout:
+                self.workers = Workers(n)
+                models = [model, *(share_weights(model) for _ in range(n - 1))]
+                return [AutogradStep(each, machine, self.scaler) for each in models]
+        return [AutogradStep(model, machine, self.scaler)]
+
+    def _fused_steps(self, n: int) -> Sequence[Step]:
+        low = self.machine.dtype == torch.bfloat16 or (
+            self.config.dtype == "auto" and multiplies_bfloat16()
+        )
+        self.weights = Weights(self.model, torch.bfloat16 if low else torch.float32)
+        self.workers = Workers(n)
+        models = [self.model, *(share_weights(self.model) for _ in range(n - 1))]
+        return [FusedStep(each, self.weights) for each in models]
+
+    def _without_compiler(self, what: str, error: Exception) -> None:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        self.progress.say(f"warning: {what} does not work here ({reason[:100]}); "
+                          "training goes on without it")  # fmt: skip
+        self.may_compile = False
+        self.weights = None
+        self.steps = [AutogradStep(self.model, self.machine, self.scaler)]
+
+    def _share(self, work: Callable[..., Any], *arguments: Any) -> list[Any]:
+        """[work(step, rows of the arrays, number of the first)] for each thread's share."""
+        *arrays, first = arguments
+        n = len(self.steps)
+        shares = zip(*(np.array_split(array, n) for array in arrays), strict=True)
+        calls, at = [], first
+        for step, share in zip(self.steps, shares, strict=True):
+            if len(share[0]):
+                calls.append(lambda step=step, share=share, at=at: work(step, *share, at))
+            at += len(share[0])
+        return self.workers.run(calls)
+
+    def _gather(self) -> None:
+        """Add every thread's gradients to the first one's, and forget them there."""
+        mine = list(self.model.parameters())
+        for step in self.steps[1:]:
+            for parameter, other in zip(mine, step.model.parameters(), strict=True):
+                if other.grad is None:  # no share of a small batch
+                    continue
+                assert parameter.grad is not None
+                parameter.grad += other.grad
+                other.grad = None
+
+    def _forget(self) -> None:
+        """No gradients, as before a step: after one that failed half-way, or was a trial."""
+        for step in self.steps:
+            for parameter in step.model.parameters():
+                parameter.grad = None
+
+    def _shrinking_to_memory(self, work: Callable[[], T_]) -> T_:
+        """Do `work`; when memory runs out, halve the micro-batch and do it again.
+
+        The step's batch stays the same: more micro-batches are accumulated.
+        """
+        while True:
+            try:
+                return work()
+            except (RuntimeError, MemoryError) as error:
+                if not runtime.is_out_of_memory(error):
+                    raise
+                if self.micro_batch_size == 1 or self.machine.world > 1:
+                    raise UserError(
+                        f"out of memory with micro_batch_size={self.micro_batch_size}; use a "
+                        "smaller --micro-batch-size, --context-length or model"
+                    ) from None
+            self._forget()
+            if self.machine.device.type == "cuda":
+                torch.cuda.empty_cache()
+            self.micro_batch_size = self.fits_in_memory = (self.micro_batch_size + 1) // 2
+            self.progress.say(f"out of memory: going on with micro_batch_size="
+                              f"{self.micro_batch_size}, same tokens per step")  # fmt: skip
