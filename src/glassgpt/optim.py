@@ -21,18 +21,24 @@ from glassgpt.model import GPT
 from glassgpt.workers import Workers
 
 
-def learning_rate_at(step: int, config: TrainConfig) -> float:
-    """Linear warm-up to the peak, then the decay of `config.schedule` down to the minimum."""
+def learning_rate_at(step: int, config: TrainConfig, done: float | None = None) -> float:
+    """Linear warm-up to the peak, then the decay of `config.schedule` down to the minimum.
+
+    `done`: the share of the training that is behind, where the clock decides and not the steps;
+    the decay then begins at once, and the warm-up holds it back.
+    """
     peak = config.learning_rate
     lowest = peak / 10 if config.min_learning_rate is None else config.min_learning_rate
-    if step < config.warmup_steps:
-        return peak * (step + 1) / (config.warmup_steps + 1)
+    warm = min(1.0, (step + 1) / (config.warmup_steps + 1))
+    if done is None:
+        if step < config.warmup_steps:
+            return peak * warm
+        end = config.decay_steps or config.max_steps
+        done = min(1.0, (step - config.warmup_steps) / max(1, end - config.warmup_steps))
     if config.schedule == "constant":
-        return peak
-    end = config.decay_steps or config.max_steps
-    done = min(1.0, (step - config.warmup_steps) / max(1, end - config.warmup_steps))
+        return peak * warm
     remaining = 1 - done if config.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
-    return lowest + (peak - lowest) * remaining
+    return min(peak * warm, lowest + (peak - lowest) * remaining)
 
 
 # -- Muon ----------------------------------------------------------------------------------------
