@@ -29,6 +29,8 @@ from glassgpt import runtime
 from glassgpt.clock import Clock
 from glassgpt.config import ModelConfig, Sampling, TrainConfig
 from glassgpt.data.batches import IGNORE, Dataset, TokenFiles
+from glassgpt.engine import Engine
+from glassgpt.engine.cpu import NumpyEngine
 from glassgpt.engine.reference import ReferenceEngine
 from glassgpt.errors import UserError
 from glassgpt.generate import complete
@@ -42,10 +44,12 @@ from glassgpt.optim import (
 )
 from glassgpt.passes import Passes
 from glassgpt.plot import loss_curve
+from glassgpt.report import Plan, Report, summary, write_report
 from glassgpt.runlog import Progress, RunLog, format_seconds, program, rewind_samples, write_sample
 from glassgpt.tokenizer import unknown_note
 
 _RESUMED = ("step", "evaluations_without_best", "evaluated_step", "samples", "spent")
+_SMALL = 20_000_000  # parameters: a copy of them for sampling is no matter
 _EVALUATION_SHARE = 0.04  # of a budget, for one evaluation; more text than that is left out
 
 
@@ -59,6 +63,7 @@ class TrainResult:
     best_val_loss: float
     seconds: float
     samples: tuple[str, ...]  # the first and the latest
+    summary: tuple[str, ...] = ()  # lines of the report
     signal: int | None = None  # of the signal that interrupted it; it can be resumed
 
     @property
@@ -78,11 +83,14 @@ class Trainer:
         machine: runtime.Machine,
         progress: Progress,
         options: dict[str, Any],
+        *,
         began: float | None = None,
+        plan: Plan | None = None,
     ) -> None:
-        """`began`: when the time of a budget started to run (time.monotonic)."""
+        """`began`: when the time of a budget started to run (time.monotonic); `plan`: what is
+        expected of it."""
         self.run, self.config, self.data, self.machine = run, config, data, machine
-        self.progress, self.options = progress, options
+        self.progress, self.options, self.plan = progress, options, plan
         torch.manual_seed(config.seed)
         self.model = GPT(model_config).to(machine.device)
         self.T = model_config.context_length
@@ -120,6 +128,7 @@ class Trainer:
             self.passes.micro_batch_size = min(self.passes.micro_batch_size, fits or 1 << 62)
         self.clock.used = state["seconds"]
         self.spent = self.spent or {}
+        self.plan = Plan(**state["plan"]) if state.get("plan") else None
         for name in ("first_val_loss", "best_val_loss"):
             setattr(self, name, math.inf if state[name] is None else state[name])
         if self.clock.is_over(self.step) and self.evaluated_step == self.step:
@@ -333,7 +342,11 @@ class Trainer:
         tokenizer, prompt = self.data.tokenizer, self.config.sample_prompt
         ids = tokenizer.encode(prompt, special=True) if prompt else []
         how = Sampling(max_new_tokens=self.config.sample_tokens, temperature=0.8, top_k=200)
-        [piece] = complete(ReferenceEngine(self.model), tokenizer, [ids], how)
+        config = self.model.config
+        engine: Engine = ReferenceEngine(self.model)
+        if self.machine.device.type == "cpu" and config.n_parameters < _SMALL:
+            engine = NumpyEngine(config, self._checkpoint().weights)  # torch takes its time
+        [piece] = complete(engine, tokenizer, [ids], how)
         text = (prompt or "") + piece.text
         self.samples = [*self.samples[:1], text]
         write_sample(self.run / "samples.md", self.step, text)
@@ -353,6 +366,7 @@ class Trainer:
             "first_val_loss": _or_none(self.first_val_loss),
             "best_val_loss": _or_none(self.best_val_loss),
             "scaler": self.scaler.state_dict(),
+            "plan": dataclasses.asdict(self.plan) if self.plan else None,
             "options": self.options,
             "data_path": str(self.data.path.absolute()),
             "data_fingerprint": self.data.fingerprint,
@@ -392,8 +406,21 @@ class Trainer:
             self.progress.say(f"stopped early at step {self.step:,}: no better validation loss in "
                               f"{self.config.patience} evaluations")  # fmt: skip
         stopped_by = None if finished else self.stop.signal or signal.SIGTERM  # another rank's
+        report = self._report()
+        if self.machine.is_main and finished:
+            write_report(self.run, report)
         return TrainResult(self.run, self.step, self.first_val_loss, self.best_val_loss,
-                           self.clock.elapsed(), tuple(self.samples), stopped_by)  # fmt: skip
+                           self.clock.elapsed(), tuple(self.samples), tuple(summary(report)),
+                           stopped_by)  # fmt: skip
+
+    def _report(self) -> Report:
+        tokens = self._tokens(self.step)
+        return Report(
+            shape=self._shape(), seconds=self.clock.elapsed(), steps=self.step, tokens=tokens,
+            epochs=tokens / len(self.data.train), val_loss=self.best_val_loss,
+            vocab_size=self.model.config.vocab_size, spent=self.spent,
+            samples=tuple(self.samples), plan=self.plan,
+        )  # fmt: skip
 
     # -- small things ----------------------------------------------------------------------------
 
@@ -404,13 +431,10 @@ class Trainer:
     def _describe(self) -> None:
         if not self.machine.is_main:
             return
-        config, data = self.model.config, self.data
+        data = self.data
         accumulated = math.ceil(self.rows_per_rank / self.passes.micro_batch_size)
-        self.progress.say(
-            f"{config.n_parameters:,} parameters ({config.family}: {config.n_layer} layers, "
-            f"{config.n_head} heads, {config.n_embd} wide, context {config.context_length}) · "
-            f"{len(data.train):,} training tokens, vocabulary {config.vocab_size:,}"
-        )
+        self.progress.say(f"{self._shape()} · {len(data.train):,} training tokens, "
+                          f"vocabulary {self.model.config.vocab_size:,}")  # fmt: skip
         steps = self.config.max_steps
         epochs = self._tokens(steps) / len(data.train)
         length = f"{steps:,} steps of {self._tokens(1):,} tokens ({epochs:.1f} epochs)"
@@ -423,6 +447,13 @@ class Trainer:
         )  # fmt: skip
         if note := unknown_note(data.tokenizer, self.config.sample_prompt or ""):
             self.progress.say(f"note: --sample-prompt: {note}")
+
+    def _shape(self) -> str:
+        config = self.model.config
+        return (
+            f"{config.n_parameters:,} parameters ({config.family}: {config.n_layer} layers, "
+            f"{config.n_head} heads, {config.n_embd} wide, context {config.context_length})"
+        )
 
     def _stop_now(self) -> bool:
         """May an evaluation break off? Not with several processes: all must do the same."""
