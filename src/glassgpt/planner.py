@@ -117,7 +117,7 @@ def calibrate(
             passes.gradients(tokens, tokens)
             for optimizer in optimizers:
                 optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
+                optimizer.zero_grad()
             passes.weights_changed()
             if machine.device.type == "cuda":
                 torch.cuda.synchronize()

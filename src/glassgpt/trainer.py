@@ -212,14 +212,14 @@ class Trainer:
             loss = self.passes.gradients(*batch, key)
         with self._timed("optimizer"):
             for optimizer in self.optimizers:
-                self.scaler.unscale_(optimizer)
+                self.scaler.unscale_(optimizer)  # type: ignore[arg-type]
             norm = torch.nn.utils.clip_grad_norm_(
                 self.model.parameters(), config.grad_clip or math.inf, foreach=True
             )
             numbers = self._read(loss / self.machine.world, norm, rate)
             for optimizer in self.optimizers:
-                self.scaler.step(optimizer)
-                optimizer.zero_grad(set_to_none=True)
+                self.scaler.step(optimizer)  # type: ignore[arg-type]
+                optimizer.zero_grad()
             self.scaler.update()
             self.passes.weights_changed()
         self.step += 1
