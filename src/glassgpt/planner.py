@@ -9,22 +9,18 @@ from __future__ import annotations
 
 import bz2
 import dataclasses
-import statistics
 import time
 from typing import Any
 
 import numpy as np
-import torch
 
 from glassgpt import runtime
+from glassgpt.bench_train import time_steps
 from glassgpt.budget import Choice, Text, choose, expected_loss
 from glassgpt.config import ModelConfig, TrainConfig, seconds_of
 from glassgpt.data.batches import Dataset, TokenFiles
 from glassgpt.errors import UserError
-from glassgpt.model import GPT
-from glassgpt.optim import make_optimizers
 from glassgpt.options import names_of
-from glassgpt.passes import Passes
 from glassgpt.report import Plan
 from glassgpt.runlog import Progress
 
@@ -59,8 +55,9 @@ def plan_budget(
         progress.status(f"measuring {model.n_layer} layers, {model.n_embd} wide")
         own = {name: given[name] for name in names_of(TrainConfig) & set(given)}
         config = TrainConfig(**train | own)
-        took = calibrate(model, config, alone, seconds=_CALIBRATION_SHARE * budget)
-        return took / config.batch_tokens / machine.world
+        speed = time_steps(model, config, alone, seconds=_CALIBRATION_SHARE * budget,
+                           progress=progress)  # fmt: skip
+        return speed.seconds / speed.tokens / machine.world
 
     def choice(budget: float, measure: Any = None) -> Choice:
         left = budget - (time.monotonic() - began) - _ROUND_ABOUT
@@ -94,35 +91,3 @@ def text_of(split: TokenFiles, vocab_size: int) -> Text:
     few = split.read(0, min(len(split), _LOOKED_AT))
     packed = bz2.compress(few.astype(np.uint8 if vocab_size <= 256 else np.uint16).tobytes())
     return Text(len(split), vocab_size, 8 * len(packed) / max(1, len(few)))
-
-
-def calibrate(
-    model: ModelConfig, train: TrainConfig, machine: runtime.Machine, *, seconds: float = 2.0
-) -> float:
-    """Seconds of one training step of this process, on random tokens; takes about `seconds`."""
-    threads = torch.get_num_threads()
-    rows = max(1, round(train.batch_tokens / model.context_length / machine.world))
-    gpt = GPT(model).to(machine.device)
-    passes = Passes(gpt, train, machine, rows=rows, progress=Progress())
-    optimizers = make_optimizers(gpt, train, low_precision=passes.precision == "bfloat16",
-                                 workers=passes.workers)  # fmt: skip
-    shape = rows, model.context_length
-    tokens = np.random.default_rng(0).integers(0, model.vocab_size, shape)
-    took: list[float] = []
-    try:
-        passes.compile(tokens, tokens)
-        started = time.monotonic()
-        while len(took) < 3 or time.monotonic() - started < seconds:
-            before = time.monotonic()
-            passes.gradients(tokens, tokens)
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad()
-            passes.weights_changed()
-            if machine.device.type == "cuda":
-                torch.cuda.synchronize()
-            took.append(time.monotonic() - before)
-    finally:
-        passes.close()
-        torch.set_num_threads(threads)
-    return statistics.median(took[1:])
