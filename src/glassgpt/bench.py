@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 
@@ -24,6 +24,7 @@ from glassgpt.config import EngineName, WeightPrecision
 from glassgpt.engine import Engine
 from glassgpt.engine.choose import build_engine
 from glassgpt.errors import UserError
+from glassgpt.pretrained import load_pretrained
 from glassgpt.runlog import Progress, aligned
 from glassgpt.system import usable_cores
 
@@ -106,6 +107,14 @@ def bench_decode(
             del engine  # before the next one: only one copy of the weights at a time
     if refusal and not seen:
         raise refusal
+
+
+def describe_decode(run: str, *, threads: int | None, progress: Progress, **how: Any) -> str:
+    """The table for the model `run`, and how fast memory is."""
+    speeds = list(bench_decode(load_pretrained(run), threads=threads, progress=progress, **how))
+    progress.status("measuring the memory")
+    bandwidth = memory_bandwidth(threads)
+    return f"{table(speeds, bandwidth)}\nmemory speed: {bandwidth / 1e9:.1f} GB/s"
 
 
 def _check(prompt_tokens: Sequence[int], new_tokens: int, threads: int | None) -> None:

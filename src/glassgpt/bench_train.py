@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,12 +24,16 @@ import torch
 from glassgpt import runtime
 from glassgpt.config import ModelConfig, TrainConfig
 from glassgpt.data.batches import TokenFiles
+from glassgpt.errors import UserError
 from glassgpt.model import GPT
 from glassgpt.optim import Optimizer, make_optimizers
+from glassgpt.options import resolve_options, split_options
 from glassgpt.passes import Passes
+from glassgpt.pretrained import load_pretrained
 from glassgpt.runlog import Progress, aligned
 
 _TEXT = 1 << 20  # tokens
+_VOCABULARY = 65  # tiny Shakespeare's, where no model says otherwise
 _SIDE = 2048  # of the matrices whose product shows the peak
 
 
@@ -49,6 +54,29 @@ class StepSpeed:
     @property
     def flops_per_second(self) -> float:
         return self.tokens * self.model.flops_per_token() / self.seconds
+
+
+def bench_train(
+    run: str | None,
+    preset: str | None,
+    options: dict[str, Any],
+    *,
+    seconds: float,
+    progress: Progress,
+) -> str:
+    """The table for the model `run`, or for the one that the options of training make."""
+    if not seconds > 0:
+        raise UserError(f"seconds={seconds} must be greater than 0")
+    shape, _, train = split_options(resolve_options(options, preset=preset))
+    machine = runtime.start(train)
+    if run is None:
+        model = ModelConfig.from_shape(shape.pop("shape"), vocab_size=_VOCABULARY, **shape)
+    else:
+        model = load_pretrained(run).config
+    progress.status("measuring training steps")
+    speed = time_steps(model, train, machine, seconds=seconds, progress=progress)
+    progress.status("measuring matrix products")
+    return table(speed, product_peak(machine, speed.precision))
 
 
 def time_steps(

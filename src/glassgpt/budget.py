@@ -109,7 +109,7 @@ def candidates(vocab_size: int, fixed: dict[str, Any]) -> list[ModelConfig]:
 def training_options(model: ModelConfig, tokens: float, text: Text) -> dict[str, Any]:
     """How to train `model` on about so many tokens: batch, rates, decay, dropout."""
     return dict(
-        optimizer="muon", batch_tokens=2048, learning_rate=0.006, muon_learning_rate=0.03,
+        optimizer="muon", batch_tokens=2048, learning_rate=0.012, muon_learning_rate=0.02,
         schedule="linear", min_learning_rate=0.0, warmup_steps=20, weight_decay=0.1,
         max_steps=1 << 40,
     )  # fmt: skip

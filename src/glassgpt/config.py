@@ -288,7 +288,7 @@ class TrainConfig:
     ] = "muon"
     learning_rate: Annotated[float, "AdamW's at its peak"] = 2e-3
     muon_learning_rate: Annotated[float, "Muon's at its peak; both rise and fall together"] = 0.02
-    muon_momentum: Annotated[float, "Muon's memory of the gradient"] = 0.95
+    muon_momentum: Annotated[float, "Muon's memory of the gradient"] = 0.9
     min_learning_rate: Annotated[float | None, "where the decay ends [a tenth of the peak]"] = None
     warmup_steps: Annotated[int, "steps of linear warm-up"] = 100
     schedule: Annotated[Literal["cosine", "linear", "constant"], "shape of the decay"] = "cosine"

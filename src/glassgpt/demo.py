@@ -12,15 +12,18 @@ from glassgpt.trainer import TrainResult
 from glassgpt.training import new_folder, train
 
 
-def demo(progress: Progress, out: str | None = None, **options: Any) -> TrainResult:
-    """Train the `demo` preset on Shakespeare, or on the Python manual without a network.
+def demo(
+    progress: Progress, out: str | None = None, *, budget: str = "60s", **options: Any
+) -> TrainResult:
+    """Train for a minute on Shakespeare, or on the Python manual without a network.
 
-    `options` change the preset, as in `glassgpt.train`.
+    `options` as in `glassgpt.train`.
     """
     progress.say("GlassGPT demo: a small GPT learns to write, character by character.")
     text = _text_at_hand(progress)
     run = Path(out) if out else new_folder("demo")
-    result = train(text, preset="demo", out=str(run), progress=progress, **options)
+    options = {"sample_tokens": 300, "budget": budget} | options
+    result = train(text, out=str(run), progress=progress, **options)
     if not result.finished:
         return result
     before, after = result.samples[0], result.samples[-1]
@@ -28,12 +31,13 @@ def demo(progress: Progress, out: str | None = None, **options: Any) -> TrainRes
         f"\nBefore training it wrote:\n\n{_indent(before, 3)}\n\n"
         f"After {result.seconds:.0f} seconds it writes:\n\n{_indent(after, 12)}\n\n"
         f"Validation loss fell from {result.first_val_loss:.2f} to {result.best_val_loss:.2f} nats "
-        f"per character.\n"
-        f"Loss curve: {run / 'loss.png'}\nRun directory: {run} (transformers loads it as it is)\n\n"
+        f"per character.\n" + "\n".join(result.summary) + "\n"
+        f"All of it with the loss curve: {run / 'report.md'}\n"
+        f"Run directory: {run} (transformers loads it as it is)\n\n"
         f"Try next:\n"
         f'  {program()} sample {run} --prompt "The " --temperature 0.8\n'
-        f"  {program()} train {text} --preset demo --max-steps 5000 --out runs/longer\n"
-        f"  {program()} train your-own-text.txt"
+        f"  {program()} train {text} --budget 5m --out runs/longer\n"
+        f"  {program()} train your-own-text.txt --budget 5m"
     )
     return result
 

@@ -96,21 +96,26 @@ class AdamW(_Optimizer):
 
 # -- Muon ----------------------------------------------------------------------------------------
 
-# The quintic whose five-fold repetition takes any singular value in (0.01, 1] near 1.
-_QUINTIC = (3.4445, -4.7750, 2.0315)
+# Odd polynomials a x + b x^3 + c x^5, one after the other, that take any x in (0.001, 1] near 1:
+# the first four of Polar Express (arXiv:2505.16932). They do what five of Muon's own do.
+_POLYNOMIALS = (
+    (8.28721201814563, -23.595886519098837, 17.300387312530933),
+    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+)
 
 
-def orthogonalize(matrices: torch.Tensor, dtype: torch.dtype, steps: int = 5) -> torch.Tensor:
+def orthogonalize(matrices: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The nearest (semi-)orthogonal matrices, roughly: all singular values become about 1.
 
-    matrices (n, rows, columns) -> the same shape, in `dtype`. Newton-Schulz iteration, which needs
-    matrix products only (Jordan et al., "Muon", 2024; arXiv:2502.16982).
+    matrices (n, rows, columns) -> the same shape, in `dtype`. A Newton-Schulz iteration, which
+    needs matrix products only (Jordan et al., "Muon", 2024).
     """
     tall = matrices.size(-2) > matrices.size(-1)
     x = matrices.mT if tall else matrices
-    x = (x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)).to(dtype)
-    a, b, c = _QUINTIC
-    for _ in range(steps):
+    x = (x / (1.01 * x.norm(dim=(-2, -1), keepdim=True) + 1e-7)).to(dtype)
+    for a, b, c in _POLYNOMIALS:
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if tall else x

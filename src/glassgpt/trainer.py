@@ -196,6 +196,8 @@ class Trainer:
         self.clock.saw_evaluation(took * (self.eval_windows or all_windows))
         if first is not None and not math.isfinite(self.first_val_loss):
             self.first_val_loss = first
+        if self.machine.is_main and self.step == 0:
+            self._sample()
         self.save()
 
     def _train_step(self) -> None:

@@ -384,22 +384,28 @@ def export(
 
 
 def bench(
-    what: Literal["decode"],
-    run: str,
+    what: Literal["decode", "train"],
+    run: str | None = None,
     /,
     *,
     engine: Annotated[list[EngineName] | None, _LIST] = None,
     weights: Annotated[list[WeightPrecision] | None, _LIST] = None,
-    threads: int | None = None,
     prompt_tokens: Annotated[list[int], _LIST] = [32, 512],  # noqa: B006
     new_tokens: int = 128,
+    preset: str | None = None,
+    seconds: float = 5.0,
+    options: Annotated[TrainOptions, Parameter(name="*")] = {},  # noqa: B006
 ) -> None:
-    """Measure how fast a model generates on this machine, with every engine and precision.
+    """Measure how fast a model generates or trains on this machine, and where the time goes.
 
-    A table of tokens per second: prompt of N is reading a prompt; batch 1 and 8 is writing, for
-    so many texts side by side. MB/token is what one step reads of the weights; the last column
-    is the share of this machine's measured memory speed that batch 1 reaches (more than 100 %
-    when the model fits in the caches).
+    decode: a table of tokens per second with every engine and precision. Prompt of N is reading a
+    prompt; batch 1 and 8 is writing, for so many texts side by side. MB/token is what one step
+    reads of the weights; the last column is the share of this machine's measured memory speed that
+    batch 1 reaches (more than 100 % when the model fits in the caches).
+
+    train: what of a training step is data, forward, backward, optimizer, and what evaluation takes;
+    and the share of the matrix products that this device can do (MFU). The options are those of
+    `glassgpt train`; with RUN, the shape is that model's.
 
     Examples:
 
@@ -407,39 +413,49 @@ def bench(
 
     glassgpt bench decode gpt2 --engine numba numpy --weights float32 int8 --threads 2
 
+    glassgpt bench train runs/book
+
+    glassgpt bench train --preset gpt2-124m --batch-tokens 4096 --micro-batch-size 4
+
     Parameters
     ----------
     what:
-        decode: prompts and generation.
+        decode or train.
     run:
-        Run directory, or the name of a model.
+        Run directory, or the name of a model [train: the shape that the options make].
     engine:
-        Only these: numba, numpy, torch, gpu [all that are here].
+        decode: only these: numba, numpy, torch, gpu [all that are here].
     weights:
-        Only these: float32, int8, int4 [all].
-    threads:
-        Of the CPU [all cores].
+        decode: only these: float32, int8, int4 [all].
     prompt_tokens:
-        Lengths of the prompts; new tokens follow the shortest.
+        decode: lengths of the prompts; new tokens follow the shortest.
     new_tokens:
-        Generated for every row.
+        decode: generated for every row.
+    preset:
+        train: a packaged recipe.
+    seconds:
+        train: how long to measure.
     """
-    from glassgpt.bench import bench_decode, memory_bandwidth, table
-    from glassgpt.pretrained import load_pretrained
+    from glassgpt.errors import UserError
     from glassgpt.runlog import Terminal
 
     terminal = Terminal()
     try:
-        speeds = list(bench_decode(load_pretrained(run), engines=engine or (),
-                                   weights=weights or (), threads=threads,
-                                   prompt_tokens=prompt_tokens, new_tokens=new_tokens,
-                                   progress=terminal))  # fmt: skip
-        terminal.status("measuring the memory")
-        bandwidth = memory_bandwidth(threads)
+        if what == "train":
+            from glassgpt.bench_train import bench_train
+
+            text = bench_train(run, preset, dict(options), seconds=seconds, progress=terminal)
+        elif run is None or set(options) - {"threads"} or preset:
+            raise UserError("bench decode needs a RUN, and takes no options of training")
+        else:
+            from glassgpt.bench import describe_decode
+
+            text = describe_decode(run, engines=engine or (), weights=weights or (),
+                                   threads=options.get("threads"), prompt_tokens=prompt_tokens,
+                                   new_tokens=new_tokens, progress=terminal)  # fmt: skip
     finally:
         terminal.close()
-    print(table(speeds, bandwidth))
-    print(f"memory speed: {bandwidth / 1e9:.1f} GB/s")
+    print(text)
 
 
 def _exit_status(result: TrainResult) -> None:
