@@ -111,32 +111,31 @@ def norm_backward(dnormed, y, weight, inverse, dy, dweight, dbranch):
 def heads(qkv, q_weight, k_weight, cos, sin, eps, q, k, v, inverse):
     """Divide qkv (N, 3HD) into heads (B, H, T, D); normalise and rotate queries and keys.
 
-    cos and sin (T, D/2); `inverse` (N, 2H) as in `add_norm`.
+    cos and sin (T, D/2); `inverse` (N, 2H) as in `add_norm`. Through a buffer of its own, which no
+    argument can overlap: only so do these short loops become vectors (six times as fast).
     """
     B, H, T, D = q.shape
-    for n in range(B * T):
-        b, t = n // T, n % T
+    half, x = D // 2, np.empty(D, np.float32)
+    for b in range(B):
+        for h in range(2 * H):  # the queries, then the keys
+            out = q[b, h] if h < H else k[b, h - H]
+            weight = q_weight if h < H else k_weight
+            for t in range(T):
+                n, squares = b * T + t, np.float32(0)
+                for d in range(D):
+                    x[d] = wide(qkv[n, h * D + d])
+                    squares += x[d] * x[d]
+                r = _ONE / np.float32(math.sqrt(squares / np.float32(D) + eps))
+                inverse[n, h] = r
+                for d in range(D):
+                    x[d] *= r * weight[d]
+                for d in range(half):
+                    out[t, d] = narrow(out, x[d] * cos[t, d] - x[half + d] * sin[t, d])
+                    out[t, half + d] = narrow(out, x[half + d] * cos[t, d] + x[d] * sin[t, d])
         for h in range(H):
-            _head(qkv, n, h, q_weight, cos, sin, eps, q[b, h], t, inverse)
-            _head(qkv, n, H + h, k_weight, cos, sin, eps, k[b, h], t, inverse)
-            for d in range(D):
-                v[b, h, t, d] = qkv[n, (2 * H + h) * D + d]
-
-
-@_kernel
-def _head(qkv, n, h, weight, cos, sin, eps, out, t, inverse):
-    D = len(weight)
-    half, first, squares = D // 2, h * D, np.float32(0)
-    for d in range(D):
-        x = wide(qkv[n, first + d])
-        squares += x * x
-    r = _ONE / np.float32(math.sqrt(squares / np.float32(D) + eps))
-    inverse[n, h] = r
-    for d in range(half):
-        a = wide(qkv[n, first + d]) * r * weight[d]
-        b = wide(qkv[n, first + half + d]) * r * weight[half + d]
-        out[t, d] = narrow(out, a * cos[t, d] - b * sin[t, d])
-        out[t, half + d] = narrow(out, b * cos[t, d] + a * sin[t, d])
+            for t in range(T):
+                for d in range(D):
+                    v[b, h, t, d] = qkv[b * T + t, (2 * H + h) * D + d]
 
 
 @_kernel
@@ -144,33 +143,35 @@ def heads_backward(dq, dk, dv, qkv, q_weight, k_weight, cos, sin, inverse, dqkv,
                    dk_weight):  # fmt: skip
     """dq, dk, dv (B, H, T, D) -> dqkv (N, 3HD); adds to the gradients of the norms' weights."""
     B, H, T, D = dq.shape
-    straight = np.empty(D, np.float32)
-    for n in range(B * T):
-        b, t = n // T, n % T
+    half, x, g = D // 2, np.empty(D, np.float32), np.empty(D, np.float32)
+    dweights = np.zeros((2, D), np.float32)
+    for b in range(B):
+        for h in range(2 * H):
+            dout = dq[b, h] if h < H else dk[b, h - H]
+            weight = q_weight if h < H else k_weight
+            dweight = dweights[0] if h < H else dweights[1]
+            for t in range(T):
+                n, along = b * T + t, np.float32(0)
+                r = inverse[n, h]
+                for d in range(D):
+                    x[d] = wide(qkv[n, h * D + d])
+                for d in range(half):  # turned back
+                    first, second = wide(dout[t, d]), wide(dout[t, half + d])
+                    g[d] = first * cos[t, d] + second * sin[t, d]
+                    g[half + d] = second * cos[t, d] - first * sin[t, d]
+                for d in range(D):
+                    dweight[d] += g[d] * x[d] * r
+                    g[d] *= weight[d]
+                    along += g[d] * x[d]
+                along *= r * r * r / np.float32(D)
+                for d in range(D):
+                    dqkv[n, h * D + d] = narrow(dqkv, r * g[d] - along * x[d])
         for h in range(H):
-            _head_backward(dq[b, h], t, qkv, n, h, q_weight, cos, sin, inverse, dqkv, dq_weight,
-                           straight)  # fmt: skip
-            _head_backward(dk[b, h], t, qkv, n, H + h, k_weight, cos, sin, inverse, dqkv,
-                           dk_weight, straight)  # fmt: skip
-            for d in range(D):
-                dqkv[n, (2 * H + h) * D + d] = dv[b, h, t, d]
-
-
-@_kernel
-def _head_backward(dout, t, qkv, n, h, weight, cos, sin, inverse, dqkv, dweight, straight):
-    D = len(weight)
-    half, first, r, along = D // 2, h * D, inverse[n, h], np.float32(0)
-    for d in range(half):  # turned back
-        a, b = wide(dout[t, d]), wide(dout[t, half + d])
-        straight[d] = a * cos[t, d] + b * sin[t, d]
-        straight[half + d] = b * cos[t, d] - a * sin[t, d]
-    for d in range(D):
-        along += straight[d] * weight[d] * wide(qkv[n, first + d])
-    along *= r * r * r / np.float32(D)
-    for d in range(D):
-        x = wide(qkv[n, first + d])
-        dweight[d] += straight[d] * x * r
-        dqkv[n, first + d] = narrow(dqkv, r * straight[d] * weight[d] - along * x)
+            for t in range(T):
+                for d in range(D):
+                    dqkv[b * T + t, (2 * H + h) * D + d] = dv[b, h, t, d]
+    dq_weight += dweights[0]
+    dk_weight += dweights[1]
 
 
 @_kernel
