@@ -140,6 +140,7 @@ class FusedStep:
         """
         B, T = tokens.shape
         if self.rooms is None or self.rooms.size != (B, T):
+            self.rooms = None  # goes first: never memory for two
             self.rooms = _Rooms(self.config, B, T, self.weights.dtype)
         rooms, k = self.rooms, self.k
         self.key = key & 0xFFFFFFFF
