@@ -38,10 +38,9 @@ BATCH, CONTEXT = 12, 64
 def main() -> None:
     options = arguments()
     with tempfile.TemporaryDirectory() as work:
-        peer = Path(work) / "nanogpt"
-        shutil.copytree(options.nanogpt, peer, ignore=shutil.ignore_patterns(".git", "out*"))
-        data = peer / "data" / "bench"
+        data = Path(work) / "data"
         write_data(options.data.read_text(encoding="utf-8"), data)
+        peer = make_peer(options.nanogpt, Path(work), data)
         seconds: dict[str, list[float]] = {"nanogpt": [], "glassgpt": []}
         losses: dict[str, float] = {}
         for number in range(options.rounds):
@@ -78,6 +77,14 @@ def write_data(text: str, folder: Path) -> None:
     encoded[cut:].tofile(folder / "val.bin")
     meta = {"vocab_size": len(ids), "itos": dict(enumerate(characters)), "stoi": ids}
     (folder / "meta.pkl").write_bytes(pickle.dumps(meta))
+
+
+def make_peer(checkout: Path, work: Path, data: Path) -> Path:
+    """A copy of nanoGPT that trains on `data`."""
+    peer = work / "nanogpt"
+    shutil.copytree(checkout, peer, ignore=shutil.ignore_patterns(".git", "out*"))
+    (peer / "data" / "bench").symlink_to(data)
+    return peer
 
 
 def nanogpt_command(steps: int) -> list[str]:
@@ -119,10 +126,10 @@ def from_run(run: Path) -> GPT:
 
 
 @torch.no_grad()
-def val_loss(model: GPT, split: TokenFiles) -> float:
+def val_loss(model: GPT, split: TokenFiles, context: int = CONTEXT) -> float:
     """Mean loss over every token of the split, in nats."""
     total = 0.0
-    for tokens, targets in split.windows(n=64, T=CONTEXT):
+    for tokens, targets in split.windows(n=64, T=context):
         logits = model(torch.from_numpy(tokens)).flatten(0, 1)
         flat = torch.from_numpy(targets).flatten()
         total += torch.nn.functional.cross_entropy(logits, flat, reduction="sum").item()

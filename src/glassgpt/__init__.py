@@ -9,6 +9,7 @@ Importing the package imports no torch; it comes when a model is first used.
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Any
 
 from glassgpt.errors import UserError as UserError
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
     from glassgpt.api import LoadedModel as LoadedModel
     from glassgpt.training import TrainResult
+
+STARTED = time.monotonic()  # of the process, nearly: from here a --budget counts
 
 
 def load(path: str | Path, *, device: str = "auto") -> LoadedModel:

@@ -13,6 +13,7 @@ import dataclasses
 import math
 import numbers
 import os
+import re
 import types
 import typing
 from dataclasses import dataclass
@@ -273,6 +274,10 @@ class TrainConfig:
     """How a model is trained. `None` means off, or chosen for you where the help says so."""
 
     out: Annotated[str | None, "run directory [runs/NAME-OF-THE-DATA]"] = None
+    budget: Annotated[
+        str | None,
+        "time for everything: 30s, 5m, 1h30m; what you leave open is chosen",
+    ] = None
     max_steps: Annotated[int, "optimizer updates"] = 2000
     batch_tokens: Annotated[int, "tokens per step, over all devices"] = 4096
     micro_batch_size: Annotated[
@@ -314,6 +319,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _check_types(self)
+        if self.budget is not None:
+            seconds_of(self.budget)
         for name in ("max_steps", "batch_tokens", "eval_interval", "log_interval"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1")
@@ -388,6 +395,18 @@ def _check_types(config: DataConfig | TrainConfig | Sampling) -> None:
     """Every field holds what its annotation says; numbers and paths are converted to it."""
     for name, hint in typing.get_type_hints(type(config), include_extras=True).items():
         object.__setattr__(config, name, check_value(name, getattr(config, name), hint))
+
+
+_UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+
+
+def seconds_of(duration: str) -> float:
+    """90s, 5m, 1h30m, 2d -> seconds; a number alone is seconds. Raises `UserError`."""
+    parts = re.findall(r"(\d+(?:\.\d+)?)([smhd]?)", duration.strip().lower())
+    seconds = sum(float(number) * _UNITS[unit or "s"] for number, unit in parts)
+    if "".join(number + unit for number, unit in parts) != duration.strip().lower() or not seconds:
+        raise UserError(f"{duration!r} is no duration; write 30s, 5m or 1h30m")
+    return seconds
 
 
 def _check_seed(seed: int) -> None:

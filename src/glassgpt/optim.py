@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.optim.adamw import adamw
 
 from glassgpt.config import TrainConfig
 from glassgpt.errors import UserError
@@ -21,18 +22,76 @@ from glassgpt.model import GPT
 from glassgpt.workers import Workers
 
 
-def learning_rate_at(step: int, config: TrainConfig) -> float:
-    """Linear warm-up to the peak, then the decay of `config.schedule` down to the minimum."""
+def learning_rate_at(step: int, config: TrainConfig, done: float | None = None) -> float:
+    """Linear warm-up to the peak, then the decay of `config.schedule` down to the minimum.
+
+    `done`: the share of the training that is behind, where the clock decides and not the steps;
+    the decay then begins at once, and the warm-up holds it back.
+    """
     peak = config.learning_rate
     lowest = peak / 10 if config.min_learning_rate is None else config.min_learning_rate
-    if step < config.warmup_steps:
-        return peak * (step + 1) / (config.warmup_steps + 1)
+    warm = min(1.0, (step + 1) / (config.warmup_steps + 1))
+    if done is None:
+        if step < config.warmup_steps:
+            return peak * warm
+        end = config.decay_steps or config.max_steps
+        done = min(1.0, (step - config.warmup_steps) / max(1, end - config.warmup_steps))
     if config.schedule == "constant":
-        return peak
-    end = config.decay_steps or config.max_steps
-    done = min(1.0, (step - config.warmup_steps) / max(1, end - config.warmup_steps))
+        return peak * warm
     remaining = 1 - done if config.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
-    return lowest + (peak - lowest) * remaining
+    return min(peak * warm, lowest + (peak - lowest) * remaining)
+
+
+class _Optimizer:
+    """Parameters in groups with options, and what is remembered of each.
+
+    Has what GradScaler asks of one. torch's own base class imports torch's compiler, only to be
+    left out of what it compiles: a second that a short training doesn't have.
+    """
+
+    def __init__(self, groups: Sequence[dict[str, Any]]) -> None:
+        self.param_groups = list(groups)
+        self.state: dict[torch.nn.Parameter, dict[str, torch.Tensor]] = {}
+
+    def zero_grad(self) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
+
+
+# -- AdamW ---------------------------------------------------------------------------------------
+
+
+class AdamW(_Optimizer):
+    """AdamW (arXiv:1711.05101) by torch's fused kernel: one pass over memory for all parameters."""
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            kept = [self._state(p) for p in parameters]
+            adamw(
+                parameters,
+                [p.grad for p in parameters if p.grad is not None],
+                [state["exp_avg"] for state in kept],
+                [state["exp_avg_sq"] for state in kept],
+                [],
+                [state["step"] for state in kept],
+                fused=True,
+                amsgrad=False,
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=1e-8,
+                maximize=False,
+            )
+
+    def _state(self, p: torch.nn.Parameter) -> dict[str, torch.Tensor]:
+        if p not in self.state:
+            self.state[p] = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
+            self.state[p]["step"] = torch.zeros((), device=p.device)
+        return self.state[p]
 
 
 # -- Muon ----------------------------------------------------------------------------------------
@@ -57,7 +116,7 @@ def orthogonalize(matrices: torch.Tensor, dtype: torch.dtype, steps: int = 5) ->
     return x.mT if tall else x
 
 
-class Muon(torch.optim.Optimizer):
+class Muon(_Optimizer):
     """Momentum whose update is made orthogonal: every direction of a matrix learns at one pace.
 
     For the matrices inside the blocks. Queries, keys and values are matrices of their own, though
@@ -78,11 +137,12 @@ class Muon(torch.optim.Optimizer):
         run: Callable[[Sequence[Callable[[], None]]], Any] = lambda calls: [c() for c in calls],
         threads: int = 1,
     ) -> None:
-        super().__init__(parameters, {"lr": lr, "momentum": momentum, "decay": weight_decay})
+        group = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+        super().__init__([group | {"params": list(parameters)}])
         self.dtype, self.run = dtype, run
         alike: dict[tuple[int, ...], list[tuple[torch.nn.Parameter, slice]]] = {}
         for parameter, rows in zip(parameters, parts, strict=True):
-            self.state[parameter]["momentum"] = torch.zeros_like(parameter)
+            self.state[parameter] = {"momentum": torch.zeros_like(parameter)}
             first = 0
             for n in rows:
                 place = parameter, slice(first, first + n)
@@ -93,7 +153,7 @@ class Muon(torch.optim.Optimizer):
         ]
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self) -> None:
         self.run([lambda places=places: self._update(places) for places in self.groups])
 
     @torch.no_grad()
@@ -107,39 +167,36 @@ class Muon(torch.optim.Optimizer):
         updates = orthogonalize(gradients.lerp_(stacked, options["momentum"]), self.dtype)
         rows, columns = updates.shape[1:]
         rate = options["lr"] * max(1.0, rows / columns) ** 0.5
+        kept = 1 - options["lr"] * options["weight_decay"]
         for (parameter, part), update in zip(places, updates, strict=True):
-            parameter[part].mul_(1 - options["lr"] * options["decay"]).add_(update, alpha=-rate)
+            parameter[part].mul_(kept).add_(update, alpha=-rate)
 
 
 # -- both together -------------------------------------------------------------------------------
 
+Optimizer = AdamW | Muon
+
 
 def make_optimizers(
     model: GPT, config: TrainConfig, *, low_precision: bool = False, workers: Workers | None = None
-) -> list[torch.optim.Optimizer]:
-    """AdamW (arXiv:1711.05101) for all, or for all that Muon does not take.
+) -> list[Optimizer]:
+    """AdamW for all, or for all that Muon does not take.
 
     Weight decay on matrices only: biases and norm weights are few and have no direction to shrink
-    along; embeddings are matrices and decay, as in nanoGPT. The fused kernel updates all parameters
-    in one pass over memory.
+    along; embeddings are matrices and decay, as in nanoGPT.
     """
     hidden = dict(model.blocks.named_parameters()) if config.optimizer == "muon" else {}
     hidden = {name: p for name, p in hidden.items() if p.dim() >= 2}
     taken = set(map(id, hidden.values()))
     rest = [p for p in model.parameters() if id(p) not in taken]
-    groups = [
-        {"params": [p for p in rest if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    device = next(model.parameters()).device.type
-    adamw = torch.optim.AdamW(
-        groups,
-        lr=config.learning_rate,
-        betas=(config.beta1, config.beta2),
-        fused=device in ("cpu", "cuda", "mps"),
-    )
+    common = {"lr": config.learning_rate, "betas": (config.beta1, config.beta2)}
+    matrices, vectors = ([p for p in rest if (p.dim() >= 2) is two] for two in (True, False))
+    others = AdamW([
+        common | {"params": matrices, "weight_decay": config.weight_decay},
+        common | {"params": vectors, "weight_decay": 0.0},
+    ])  # fmt: skip
     if not hidden:
-        return [adamw]
+        return [others]
     q, kv = (n * model.config.head_dim for n in (model.config.n_head, model.config.n_kv_head))
     threads = {} if workers is None else {"run": workers.run, "threads": workers.n}
     muon = Muon(
@@ -151,14 +208,14 @@ def make_optimizers(
         dtype=torch.bfloat16 if low_precision else torch.float32,
         **threads,
     )
-    return [adamw, muon]
+    return [others, muon]
 
 
 _STATE = ("exp_avg", "exp_avg_sq", "step", "momentum")
 
 
 def optimizer_tensors(
-    optimizers: Sequence[torch.optim.Optimizer], model: torch.nn.Module
+    optimizers: Sequence[Optimizer], model: torch.nn.Module
 ) -> dict[str, np.ndarray]:
     """What they remember, as "exp_avg.NAME-OF-PARAMETER" and so on; nothing before a first step."""
     state = {p: kept for optimizer in optimizers for p, kept in optimizer.state.items()}
@@ -171,7 +228,7 @@ def optimizer_tensors(
 
 
 def restore_optimizers(
-    optimizers: Sequence[torch.optim.Optimizer],
+    optimizers: Sequence[Optimizer],
     model: torch.nn.Module,
     tensors: Mapping[str, np.ndarray],
 ) -> None:
@@ -186,11 +243,11 @@ def restore_optimizers(
                     raise UserError("it was trained with another --optimizer; name that one")
                 for key, array in found.items():
                     part = torch.from_numpy(np.array(array))
-                    optimizer.state[p][key] = part.to(p.device) if part.dim() else part
+                    optimizer.state.setdefault(p, {})[key] = part.to(p.device)
 
 
 def set_learning_rate(
-    optimizers: Sequence[torch.optim.Optimizer], config: TrainConfig, learning_rate: float
+    optimizers: Sequence[Optimizer], config: TrainConfig, learning_rate: float
 ) -> None:
     """`learning_rate` is AdamW's; Muon's rises and falls with it."""
     for optimizer in optimizers:

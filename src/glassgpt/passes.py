@@ -10,6 +10,7 @@ optimizer, no schedule and no file.
 from __future__ import annotations
 
 import gc
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar
@@ -35,6 +36,8 @@ T_ = TypeVar("T_")
 class Step(Protocol):
     """Adds the gradients of some rows to those of `model`."""
 
+    seconds: np.ndarray  # spent so far: forward, backward
+
     @property
     def model(self) -> GPT: ...
 
@@ -50,12 +53,16 @@ class AutogradStep:
 
     def __init__(self, model: GPT, machine: runtime.Machine, scaler: Any) -> None:
         self.model, self.called, self.machine, self.scaler = model, model, machine, scaler
+        self.seconds = np.zeros(2)
 
     def __call__(
         self, tokens: np.ndarray, targets: np.ndarray, scale: float, key: int
     ) -> torch.Tensor | float:
+        started = time.perf_counter()
         loss = self.loss(tokens, targets)
+        forward = time.perf_counter()
         self.scaler.scale(loss * scale).backward()
+        self.seconds += (forward - started, time.perf_counter() - forward)
         return loss.detach()
 
     def loss(self, tokens: np.ndarray, targets: np.ndarray) -> torch.Tensor:
@@ -134,10 +141,10 @@ class Passes:
             torch.distributed.all_reduce(total)
         return total
 
-    @torch.no_grad()
     def losses(self, tokens: np.ndarray, targets: np.ndarray) -> float:
         """The summed loss of some rows, in the machine's precision, without dropout."""
 
+        @torch.no_grad()  # here, since each thread has a switch of its own
         def work(step: Any, tokens: np.ndarray, targets: np.ndarray, first: int) -> float:
             model = step.model.eval()
             # Ranks may have unequal shares; the last, smaller batch is not worth compiling for.
@@ -163,6 +170,15 @@ class Passes:
         finally:
             for step in self.steps:
                 step.model.train()
+
+    @property
+    def seconds(self) -> tuple[float, float]:
+        """Spent in forward and in backward passes so far, on average over the threads.
+
+        A GPU works on while the host goes ahead: there, it is the host's time.
+        """
+        forward, backward = np.mean([step.seconds for step in self.steps], axis=0)
+        return float(forward), float(backward)
 
     def weights_changed(self) -> None:
         """After every step of the optimizer."""

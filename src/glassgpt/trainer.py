@@ -9,13 +9,14 @@ model only as "tokens in, logits out", and nothing of where options and data com
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import shlex
 import signal
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,11 @@ import torch
 
 from glassgpt import checkpoint as ckpt
 from glassgpt import runtime
+from glassgpt.clock import Clock
 from glassgpt.config import ModelConfig, Sampling, TrainConfig
 from glassgpt.data.batches import IGNORE, Dataset, TokenFiles
+from glassgpt.engine import Engine
+from glassgpt.engine.cpu import NumpyEngine
 from glassgpt.engine.reference import ReferenceEngine
 from glassgpt.errors import UserError
 from glassgpt.generate import complete
@@ -40,10 +44,13 @@ from glassgpt.optim import (
 )
 from glassgpt.passes import Passes
 from glassgpt.plot import loss_curve
+from glassgpt.report import Plan, Report, summary, write_report
 from glassgpt.runlog import Progress, RunLog, format_seconds, program, rewind_samples, write_sample
 from glassgpt.tokenizer import unknown_note
 
-_RESUMED = ("step", "evaluations_without_best", "evaluated_step", "samples")
+_RESUMED = ("step", "evaluations_without_best", "evaluated_step", "samples", "spent")
+_SMALL = 20_000_000  # parameters: a copy of them for sampling is no matter
+_EVALUATION_SHARE = 0.04  # of a budget, for one evaluation; more text than that is left out
 
 
 @dataclass(frozen=True)
@@ -56,6 +63,7 @@ class TrainResult:
     best_val_loss: float
     seconds: float
     samples: tuple[str, ...]  # the first and the latest
+    summary: tuple[str, ...] = ()  # lines of the report
     signal: int | None = None  # of the signal that interrupted it; it can be resumed
 
     @property
@@ -75,9 +83,14 @@ class Trainer:
         machine: runtime.Machine,
         progress: Progress,
         options: dict[str, Any],
+        *,
+        began: float | None = None,
+        plan: Plan | None = None,
     ) -> None:
+        """`began`: when the time of a budget started to run (time.monotonic); `plan`: what is
+        expected of it."""
         self.run, self.config, self.data, self.machine = run, config, data, machine
-        self.progress, self.options = progress, options
+        self.progress, self.options, self.plan = progress, options, plan
         torch.manual_seed(config.seed)
         self.model = GPT(model_config).to(machine.device)
         self.T = model_config.context_length
@@ -90,7 +103,9 @@ class Trainer:
         )  # fmt: skip
         self.scaler = self.passes.scaler
         self.step = 0
-        self.seconds = 0.0  # of earlier sessions
+        self.clock = Clock(config, began=began or time.monotonic())
+        self.eval_windows = (config.eval_batches or 0) * self.rows_per_step or None
+        self.spent: dict[str, float] = {}  # part of the work -> seconds
         self.first_val_loss = self.best_val_loss = math.inf
         self.evaluations_without_best = 0
         self.evaluated_step: int | None = None
@@ -111,12 +126,16 @@ class Trainer:
         self.passes.fits_in_memory = fits = state.get("fits_in_memory")
         if self.options.get("micro_batch_size") == state["options"].get("micro_batch_size"):
             self.passes.micro_batch_size = min(self.passes.micro_batch_size, fits or 1 << 62)
-        self.seconds = state["seconds"]
+        self.clock.used = state["seconds"]
+        self.spent = self.spent or {}
+        self.plan = Plan(**state["plan"]) if state.get("plan") else None
         for name in ("first_val_loss", "best_val_loss"):
             setattr(self, name, math.inf if state[name] is None else state[name])
-        if self.step >= self.config.max_steps and self.evaluated_step == self.step:
-            raise UserError(f"{self.run} is finished at step {self.step}; "
-                            "--max-steps with a larger number goes on")  # fmt: skip
+        if self.clock.is_over(self.step) and self.evaluated_step == self.step:
+            more = (
+                "--max-steps with a larger number" if self.clock.budget is None else "more --budget"
+            )
+            raise UserError(f"{self.run} is finished at step {self.step}; {more} goes on")
 
     def fit(self) -> TrainResult:
         """Train until `max_steps`, until patience is exhausted, or until asked to stop."""
@@ -128,10 +147,12 @@ class Trainer:
                               wandb=self.config.wandb, options=self.options)  # fmt: skip
         self._describe()
         self.passes.compile(*self._batch())
-        self.started = self._tick = time.monotonic()
-        self._tick_step = self.step
+        if self.clock.budget is None:
+            self.clock.began = time.monotonic()  # the time of training alone
+        self._tick, self._tick_step = time.monotonic(), self.step
         with runtime.StopRequest().listening() as self.stop:
             try:
+                self._foresee()
                 finished = self._loop()
             except KeyboardInterrupt:  # a second Ctrl-C, or one where nobody listens
                 self.progress.close()
@@ -143,40 +164,66 @@ class Trainer:
 
     def _loop(self) -> bool:
         """Steps, evaluations and checkpoints in turn; False when asked to stop before the end."""
-        config = self.config
+        clock, patience = self.clock, self.config.patience or math.inf
         while True:
-            done = self.step >= config.max_steps
-            due = done or self.step % config.eval_interval == 0
+            over = bool(self._agreed(clock.is_over(self.step)))
+            due = over or self._agreed(clock.evaluation_is_due(self.step))
             if due and self.evaluated_step != self.step:
                 self._evaluate_and_keep_best()
-            elif config.checkpoint_interval and self.step % config.checkpoint_interval == 0:
+            elif self._agreed(clock.saving_is_due(self.step)):
                 self.save()
             if self._stop_requested():
-                return done and self.evaluated_step == self.step
-            if done or self.evaluations_without_best >= (config.patience or math.inf):
+                return over and self.evaluated_step == self.step
+            if over or self.evaluations_without_best >= patience:
                 return True
             self._train_step()
 
+    def _foresee(self) -> None:
+        """Of a budget, keep time for the last evaluation and for saving: how long do they take?
+
+        So much of the validation text is looked at as a twenty-fifth of the time allows.
+        """
+        if self.clock.budget is None:
+            return
+        all_windows = max(1, (len(self.data.val) - 1) // self.T)
+        few = min(all_windows, max(1, all_windows // 20), 4096)
+        started = time.monotonic()
+        first = self.evaluate(self.data.val, windows=few)
+        took = (time.monotonic() - started) / few
+        allowed = int(_EVALUATION_SHARE * self.clock.budget / max(took, 1e-9))
+        if (self.eval_windows or all_windows) > allowed:
+            self.eval_windows = max(few, allowed)
+        self.clock.saw_evaluation(took * (self.eval_windows or all_windows))
+        if first is not None and not math.isfinite(self.first_val_loss):
+            self.first_val_loss = first
+        self.save()
+
     def _train_step(self) -> None:
-        config, step = self.config, self.step
-        rate = learning_rate_at(step, config)
+        config, step, started = self.config, self.step, time.monotonic()
+        done = self._agreed(self.clock.done(step)) if self.clock.budget else None
+        rate = learning_rate_at(step, config, done)
         set_learning_rate(self.optimizers, config, rate)
         key = hash((config.seed, step, self.machine.rank)) & 0x7FFFFFFF
         if self.model.config.dropout:  # masks, too, are a function of the step
             torch.manual_seed(key)
-        loss = self.passes.gradients(*self._batch(), key)
-        for optimizer in self.optimizers:
-            self.scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(
-            self.model.parameters(), config.grad_clip or math.inf, foreach=True
-        )
-        numbers = self._read(loss / self.machine.world, norm, rate)
-        for optimizer in self.optimizers:
-            self.scaler.step(optimizer)
-            optimizer.zero_grad(set_to_none=True)
-        self.scaler.update()
-        self.passes.weights_changed()
+        with self._timed("data"):
+            batch = self._batch()
+        with self._timed("forward and backward"):
+            loss = self.passes.gradients(*batch, key)
+        with self._timed("optimizer"):
+            for optimizer in self.optimizers:
+                self.scaler.unscale_(optimizer)  # type: ignore[arg-type]
+            norm = torch.nn.utils.clip_grad_norm_(
+                self.model.parameters(), config.grad_clip or math.inf, foreach=True
+            )
+            numbers = self._read(loss / self.machine.world, norm, rate)
+            for optimizer in self.optimizers:
+                self.scaler.step(optimizer)  # type: ignore[arg-type]
+                optimizer.zero_grad()
+            self.scaler.update()
+            self.passes.weights_changed()
         self.step += 1
+        self.clock.saw_step(time.monotonic() - started)
         if numbers is not None:
             self._record(*numbers, rate)
 
@@ -218,18 +265,17 @@ class Trainer:
             self.progress.status(self._status_line(per_second))
 
     def _status_line(self, per_second: float) -> str:
-        config = self.config
-        left = self._tokens(config.max_steps - self.step) / max(1.0, per_second)
+        of = "" if self.clock.budget else f"/{self.config.max_steps:,}"
         parts = [
-            f"step {self.step:,}/{config.max_steps:,}",
+            f"step {self.step:,}{of}",
             f"train loss {sum(self.recent) / len(self.recent):.3f}",
-            f"best val loss {self.best_val_loss:.3f}",
+            *([f"best val loss {self.best_val_loss:.3f}"] if self.best_val_loss < math.inf else []),
             f"{per_second:,.0f} tokens/s",
         ]
         if self.machine.peak_flops:
             used = per_second * self.model.config.flops_per_token() / self.machine.peak_flops
             parts.append(f"MFU {used:.0%}")
-        return " · ".join([*parts, f"{format_seconds(left)} left"])
+        return " · ".join([*parts, f"{format_seconds(self.clock.left(self.step))} left"])
 
     def _diverged(self, loss: float, norm: float, rate: float) -> None:
         raise UserError(
@@ -241,11 +287,14 @@ class Trainer:
     # -- evaluation ------------------------------------------------------------------------------
 
     def _evaluate_and_keep_best(self) -> None:
-        val_loss = self.evaluate(self.data.val)
+        with self._timed("evaluation"):
+            started = time.monotonic()
+            val_loss = self.evaluate(self.data.val, windows=self.eval_windows)
+            self.clock.saw_evaluation(time.monotonic() - started)
         if val_loss is None:  # asked to stop in the middle: done again after resuming
             return
         if not math.isfinite(val_loss):
-            self._diverged(val_loss, math.nan, learning_rate_at(self.step, self.config))
+            self._diverged(val_loss, math.nan, math.nan)
         self.evaluated_step = self.step
         if not math.isfinite(self.first_val_loss):
             self.first_val_loss = val_loss
@@ -256,32 +305,34 @@ class Trainer:
         self._write(val_loss=val_loss)
         if self.machine.is_main:
             if better:
-                ckpt.save_model(self.run, self._checkpoint())
-            self._sample()
+                with self._timed("saving"):
+                    ckpt.save_model(self.run, self._checkpoint())
+            with self._timed("samples"):
+                self._sample()
         self.save()
         note = "" if better else f" (best {self.best_val_loss:.4f})"
-        took = format_seconds(self._elapsed())
+        took = format_seconds(self.clock.elapsed())
         self.progress.say(f"step {self.step:>6,}  val loss {val_loss:.4f}{note}  {took}")
         self._tick, self._tick_step = time.monotonic(), self.step
 
-    def evaluate(self, split: TokenFiles) -> float | None:
-        """Mean loss over a whole split (or `eval_batches` of it); None when asked to stop."""
+    def evaluate(self, split: TokenFiles, *, windows: int | None = None) -> float | None:
+        """Mean loss over a split, or over `windows` spread over it; None when asked to stop."""
 
         def work(rows: int) -> tuple[float, float]:
             batches = split.windows(n=rows, T=self.T, rank=machine.rank, world=machine.world,
-                                    limit=limit)  # fmt: skip
+                                    limit=windows)  # fmt: skip
             total = count = 0.0
             for number, (tokens, targets) in enumerate(batches):
                 if self._stop_now():
                     break
                 if number % 64 == 63:
-                    share = count * machine.world / (limit * self.T if limit else len(split))
+                    share = count * machine.world / (windows * self.T if windows else len(split))
                     self.progress.status(f"evaluating: {share:.0%} of the validation text")
                 total += self.passes.losses(tokens, targets)
                 count += int(np.count_nonzero(targets != IGNORE))
             return total, count
 
-        machine, limit = self.machine, (self.config.eval_batches or 0) * self.rows_per_step or None
+        machine = self.machine
         total, count = machine.sum(*self.passes.evaluate(work))
         return None if self._stop_now() else total / count
 
@@ -291,7 +342,11 @@ class Trainer:
         tokenizer, prompt = self.data.tokenizer, self.config.sample_prompt
         ids = tokenizer.encode(prompt, special=True) if prompt else []
         how = Sampling(max_new_tokens=self.config.sample_tokens, temperature=0.8, top_k=200)
-        [piece] = complete(ReferenceEngine(self.model), tokenizer, [ids], how)
+        config = self.model.config
+        engine: Engine = ReferenceEngine(self.model)
+        if self.machine.device.type == "cpu" and config.n_parameters < _SMALL:
+            engine = NumpyEngine(config, self._checkpoint().weights)  # torch takes its time
+        [piece] = complete(engine, tokenizer, [ids], how)
         text = (prompt or "") + piece.text
         self.samples = [*self.samples[:1], text]
         write_sample(self.run / "samples.md", self.step, text)
@@ -302,19 +357,24 @@ class Trainer:
         """Replace `checkpoints/last` by the present moment."""
         if not self.machine.is_main:
             return
+        started = time.monotonic()
         optimizer = optimizer_tensors(self.optimizers, self.model)
         state = {name: getattr(self, name) for name in _RESUMED}
         state |= {
             "fits_in_memory": self.passes.fits_in_memory,
-            "seconds": self._elapsed(),
+            "seconds": self.clock.elapsed(),
             "first_val_loss": _or_none(self.first_val_loss),
             "best_val_loss": _or_none(self.best_val_loss),
             "scaler": self.scaler.state_dict(),
+            "plan": dataclasses.asdict(self.plan) if self.plan else None,
             "options": self.options,
             "data_path": str(self.data.path.absolute()),
             "data_fingerprint": self.data.fingerprint,
         }
         ckpt.save_training(self.run, self._checkpoint(), optimizer, state)
+        took = time.monotonic() - started
+        self.spent["saving"] = self.spent.get("saving", 0.0) + took
+        self.clock.saw_saving(took)
 
     def _checkpoint(self) -> ckpt.Checkpoint:
         weights = {
@@ -342,12 +402,25 @@ class Trainer:
                 loss_curve(self.run, vocab_size=self.model.config.vocab_size)
         if not finished:
             self.progress.say(f"stopped at step {self.step:,}; go on with: {self._how_to_resume}")
-        elif self.step < self.config.max_steps:
+        elif not self.clock.is_over(self.step):
             self.progress.say(f"stopped early at step {self.step:,}: no better validation loss in "
                               f"{self.config.patience} evaluations")  # fmt: skip
         stopped_by = None if finished else self.stop.signal or signal.SIGTERM  # another rank's
+        report = self._report()
+        if self.machine.is_main and finished:
+            write_report(self.run, report)
         return TrainResult(self.run, self.step, self.first_val_loss, self.best_val_loss,
-                           self._elapsed(), tuple(self.samples), stopped_by)  # fmt: skip
+                           self.clock.elapsed(), tuple(self.samples), tuple(summary(report)),
+                           stopped_by)  # fmt: skip
+
+    def _report(self) -> Report:
+        tokens = self._tokens(self.step)
+        return Report(
+            shape=self._shape(), seconds=self.clock.elapsed(), steps=self.step, tokens=tokens,
+            epochs=tokens / len(self.data.train), val_loss=self.best_val_loss,
+            vocab_size=self.model.config.vocab_size, spent=self.spent,
+            samples=tuple(self.samples), plan=self.plan,
+        )  # fmt: skip
 
     # -- small things ----------------------------------------------------------------------------
 
@@ -358,21 +431,29 @@ class Trainer:
     def _describe(self) -> None:
         if not self.machine.is_main:
             return
-        config, data = self.model.config, self.data
+        data = self.data
         accumulated = math.ceil(self.rows_per_rank / self.passes.micro_batch_size)
+        self.progress.say(f"{self._shape()} · {len(data.train):,} training tokens, "
+                          f"vocabulary {self.model.config.vocab_size:,}")  # fmt: skip
+        steps = self.config.max_steps
+        epochs = self._tokens(steps) / len(data.train)
+        length = f"{steps:,} steps of {self._tokens(1):,} tokens ({epochs:.1f} epochs)"
+        if self.clock.budget is not None:
+            left = format_seconds(self.clock.left(self.step))
+            length = f"steps of {self._tokens(1):,} tokens, for {left}"
         self.progress.say(
-            f"{config.n_parameters:,} parameters ({config.family}: {config.n_layer} layers, "
-            f"{config.n_head} heads, {config.n_embd} wide, context {config.context_length}) · "
-            f"{len(data.train):,} training tokens, vocabulary {config.vocab_size:,}"
-        )
-        epochs = self._tokens(self.config.max_steps) / len(data.train)
-        self.progress.say(
-            f"{self.config.max_steps:,} steps of {self._tokens(1):,} tokens ({epochs:.1f} epochs"
-            + (f", {accumulated} micro-batches a step" if accumulated > 1 else "")
-            + f") on {self.machine.device} in {self.passes.precision} -> {self.run}"
-        )
+            length + (f", {accumulated} micro-batches a step" if accumulated > 1 else "")
+            + f", on {self.machine.device} in {self.passes.precision} -> {self.run}"
+        )  # fmt: skip
         if note := unknown_note(data.tokenizer, self.config.sample_prompt or ""):
             self.progress.say(f"note: --sample-prompt: {note}")
+
+    def _shape(self) -> str:
+        config = self.model.config
+        return (
+            f"{config.n_parameters:,} parameters ({config.family}: {config.n_layer} layers, "
+            f"{config.n_head} heads, {config.n_embd} wide, context {config.context_length})"
+        )
 
     def _stop_now(self) -> bool:
         """May an evaluation break off? Not with several processes: all must do the same."""
@@ -385,13 +466,24 @@ class Trainer:
     def _tokens(self, steps: int) -> int:
         return steps * self.rows_per_step * self.T
 
-    def _elapsed(self) -> float:
-        return self.seconds + time.monotonic() - self.started
+    def _agreed(self, value: float) -> float:
+        """The main process's value, in all: with a budget, each has a clock of its own."""
+        if self.clock.budget is None or self.machine.world == 1:
+            return value
+        return self.machine.sum(float(value) if self.machine.is_main else 0.0)[0]
+
+    @contextlib.contextmanager
+    def _timed(self, part: str) -> Iterator[None]:
+        """Seconds of `part`, for the report. A GPU works on while we count: there, it is the time
+        in which the host waited."""
+        started = time.monotonic()
+        yield
+        self.spent[part] = self.spent.get(part, 0.0) + time.monotonic() - started
 
     def _write(self, **values: Any) -> None:
         if self.log is not None:
             self.log.write(step=self.step, tokens=self._tokens(self.step),
-                           seconds=round(self._elapsed(), 3), **values)  # fmt: skip
+                           seconds=round(self.clock.elapsed(), 3), **values)  # fmt: skip
 
 
 def _or_none(loss: float) -> float | None:

@@ -13,7 +13,9 @@ import os
 import re
 import shlex
 import shutil
+import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ from glassgpt.data.prepare import data_key, prepare
 from glassgpt.errors import UserError, explain_os_errors
 from glassgpt.model import crop_positions, load_weights
 from glassgpt.options import names_of, resolve_options, split_options
+from glassgpt.planner import plan_budget
 from glassgpt.pretrained import load_pretrained, tokenizer_file
 from glassgpt.runlog import ByteProgress, Progress, program, require_loggers
 from glassgpt.system import cache_dir, exclusive
@@ -39,7 +42,7 @@ _MODEL_FILES = (
     r"(config|generation_config|tokenizer|tokenizer_config|glassgpt)\.json|model\.safetensors"
 )
 _RUN_FILES = re.compile(
-    rf"\.?({_MODEL_FILES}|metrics\.jsonl|samples\.md)(\.partial)?"
+    rf"\.?({_MODEL_FILES}|metrics\.jsonl|samples\.md|report\.md)(\.partial)?"
     r"|(\.partial-)?loss\.png|checkpoints|tensorboard|wandb|\.lock"
 )
 # Those that only we write: a downloaded model has none of them.
@@ -56,15 +59,17 @@ def train(
     init_from: str | Path | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
+    began: float | None = None,
     **options: Any,
 ) -> TrainResult:
     """Train a GPT on `data` (a prepared folder, text files, folders, corpora).
 
     Takes every option of `glassgpt train` by its field name. `resume` continues a run directory
     from its newest checkpoint; `init_from` begins with the weights and the tokenizer of a model
-    (anything that `glassgpt.load` takes). Raises `UserError` for anything the caller can put right.
+    (anything that `glassgpt.load` takes). A `budget` is counted from `began` (time.monotonic) or
+    from this call. Raises `UserError` for anything the caller can put right.
     """
-    progress = progress or Progress()
+    progress, began = progress or Progress(), began or time.monotonic()
     names = _names(data)
     given = resolve_options(options, preset=preset, config=config)
     asked = set(resolve_options(options, config=config))  # a preset asks for nothing by name
@@ -101,7 +106,14 @@ def train(
         elif saved[2]["data_fingerprint"] != dataset.fingerprint:
             raise UserError(f"{given['data'][0]} has changed since {resume} was started; "
                             "resume with the same data, or start anew")  # fmt: skip
-        trainer = _make_trainer(given, dataset, machine, progress, saved, base, overwrite, held)
+        clock: dict[str, Any] = {"began": began}
+        if config_now.budget is not None and saved is None:
+            given, clock["plan"] = machine.on_main(partial(
+                plan_budget, given, dataset, machine, began=began, progress=progress,
+                base=base and base.config,
+            ))  # fmt: skip
+        trainer = _make_trainer(given, dataset, machine, progress, saved, base, overwrite, held,
+                                **clock)  # fmt: skip
         result = trainer.fit()
         machine.barrier()  # who leaves early takes the others' connections down
         return result
@@ -124,6 +136,7 @@ def _make_trainer(
     base: ckpt.Checkpoint | None,
     overwrite: bool,
     held: contextlib.ExitStack,
+    **clock: Any,
 ) -> Trainer:
     """A trainer that is ready to go, in a run directory of its own."""
     config, model_config = split_options(given)[2], _model_config(given, data, saved, base)
@@ -140,7 +153,7 @@ def _make_trainer(
 
     run = machine.on_main(own_run)
     try:
-        trainer = Trainer(run, model_config, config, data, machine, progress, given)
+        trainer = Trainer(run, model_config, config, data, machine, progress, given, **clock)
         if base is not None:
             load_weights(trainer.model, crop_positions(base.weights, model_config))
             trainer.passes.weights_changed()

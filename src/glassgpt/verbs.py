@@ -161,7 +161,7 @@ def train(
 
     Examples:
 
-    glassgpt train book.txt
+    glassgpt train book.txt --budget 5m
 
     glassgpt train book.txt --tokenizer bpe:2048 --n-layer 6 --n-embd 256 --max-steps 5000
 
@@ -187,6 +187,7 @@ def train(
     overwrite:
         Replace the run directory if it exists.
     """
+    from glassgpt import STARTED
     from glassgpt.runlog import Progress, Terminal
     from glassgpt.training import train as run
 
@@ -194,7 +195,7 @@ def train(
     terminal = Terminal() if main_process else Progress()
     try:
         result = run(data, preset=preset, config=config, resume=resume, init_from=init_from,
-                     overwrite=overwrite, progress=terminal, **options)  # fmt: skip
+                     overwrite=overwrite, progress=terminal, began=STARTED, **options)  # fmt: skip
     finally:
         terminal.close()
     _exit_status(result)
@@ -205,6 +206,8 @@ def train(
 def _say_what_next(terminal: Progress, result: TrainResult) -> None:
     from glassgpt.runlog import program
 
+    for line in result.summary:
+        terminal.say(line)
     terminal.say(
         f"best val loss {result.best_val_loss:.4f} (at the start {result.first_val_loss:.4f})"
         f" · loss curve: {result.run / 'loss.png'}"

@@ -15,6 +15,7 @@ from glassgpt.config import TrainConfig
 from glassgpt.errors import UserError
 from glassgpt.model import GPT
 from glassgpt.optim import (
+    AdamW,
     Muon,
     learning_rate_at,
     make_optimizers,
@@ -91,8 +92,7 @@ def decays(model: GPT, config: TrainConfig) -> dict[str, tuple[type, float]]:
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 assert names[parameter] not in found  # each once
-                decay = group.get("weight_decay", group.get("decay"))
-                found[names[parameter]] = type(optimizer), decay
+                found[names[parameter]] = type(optimizer), group["weight_decay"]
     assert found.keys() == set(names.values())
     return found
 
@@ -107,10 +107,10 @@ def test_matrices_decay_and_vectors_do_not(shape: str, optimizer: str) -> None:
     for name in taken:
         is_vector = name.endswith("bias") or "norm" in name
         hidden = name.startswith("blocks.") and not is_vector
-        expected = Muon if hidden and optimizer == "muon" else torch.optim.AdamW
+        expected = Muon if hidden and optimizer == "muon" else AdamW
         assert taken[name] == (expected, 0.0 if is_vector else 0.25), name
     optimizers = make_optimizers(model, config)
-    assert {group["betas"] for group in optimizers[0].param_groups} == {(0.7, 0.8)}
+    assert {group["betas"] for group in optimizers[0].param_groups} == {(0.7, 0.8)}  # type: ignore[index]
 
     # With a gradient of zero, decay is all that moves: by rate times decay.
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -127,7 +127,30 @@ def test_matrices_decay_and_vectors_do_not(shape: str, optimizer: str) -> None:
 
 def test_without_blocks_there_is_nothing_for_muon() -> None:
     [optimizer] = make_optimizers(GPT(tiny_config(n_layer=0)), TrainConfig(optimizer="muon"))
-    assert isinstance(optimizer, torch.optim.AdamW)
+    assert isinstance(optimizer, AdamW)
+
+
+def test_adamw_is_that_of_torch() -> None:
+    """Also where a parameter had no gradient in some steps."""
+    config = TrainConfig(optimizer="adamw", weight_decay=0.25, beta1=0.7, beta2=0.8)
+    ours, theirs = tiny_model(tiny_config()), tiny_model(tiny_config())
+    [optimizer] = make_optimizers(ours, config)
+    groups = [
+        {"params": [p for p in theirs.parameters() if (p.dim() >= 2) is two], "weight_decay": decay}
+        for two, decay in ((True, 0.25), (False, 0.0))
+    ]
+    reference = torch.optim.AdamW(groups, betas=(0.7, 0.8))
+    for number in range(4):
+        for index, pair in enumerate(zip(ours.parameters(), theirs.parameters(), strict=True)):
+            for p in pair:
+                p.grad = noise(*p.shape, seed=100 * number + index) if index != number else None
+        set_learning_rate([optimizer], config, 0.05 / (number + 1))
+        for group in reference.param_groups:
+            group["lr"] = 0.05 / (number + 1)
+        optimizer.step()
+        reference.step()
+    for (name, p), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(p, other, rtol=1e-5, atol=1e-6, msg=name)
 
 
 # -- Muon ----------------------------------------------------------------------------------------

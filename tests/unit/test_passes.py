@@ -202,6 +202,19 @@ def test_an_evaluation_that_ends_the_memory_takes_fewer_rows_and_other_errors_pa
 # -- dropout -------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_evaluation_keeps_no_graph(monkeypatch, threads):
+    """In no thread: each has a switch of its own."""
+    passes, kept = make_passes("fused", threads=threads), []
+    real = room.summed_loss
+    monkeypatch.setattr(
+        room, "summed_loss", lambda *a: kept.append((loss := real(*a)).requires_grad) or loss
+    )
+    passes.losses(*rows())
+    assert kept == [False] * threads
+    passes.close()
+
+
 @every_way
 def test_evaluation_drops_nothing(way):
     passes = make_passes(way, dropout=0.5)
@@ -210,6 +223,7 @@ def test_evaluation_drops_nothing(way):
     assert first == pytest.approx(expected, rel=1e-6)
     assert all(step.model.training for step in passes.steps)
     n_targets = np.count_nonzero(rows()[1] != IGNORE)
+    torch.manual_seed(1)
     assert abs(gradients(passes)[0] * n_targets - expected) > 1e-3 * expected
 
 

@@ -11,6 +11,7 @@ the reference, and the tests hold both against each other. It knows no optimizer
 from __future__ import annotations
 
 import math
+import time
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -128,6 +129,7 @@ class FusedStep:
         )
         self.scale = np.float32(1 / math.sqrt(model.config.head_dim))
         self.rooms: _Rooms | None = None
+        self.seconds = np.zeros(2)  # forward, backward (with the head and its loss)
 
     @torch.no_grad()
     def __call__(
@@ -138,31 +140,31 @@ class FusedStep:
         Gradients are those of the loss times `scale`; negative targets carry none. `key` decides
         what dropout drops.
         """
-        B, T = tokens.shape
+        started, (B, T) = time.perf_counter(), tokens.shape
+        tokens, targets = (np.ascontiguousarray(ids).reshape(-1) for ids in (tokens, targets))
         if self.rooms is None or self.rooms.size != (B, T):
             self.rooms = None  # goes first: never memory for two
             self.rooms = _Rooms(self.config, B, T, self.weights.dtype)
-        rooms, k = self.rooms, self.k
         self.key = key & 0xFFFFFFFF
-        tokens = np.ascontiguousarray(tokens).reshape(-1)
-        k.embed(tokens, _numbers(self.model.token_embedding.weight), rooms.dx.array)
+        self._forward(self.rooms, tokens)
+        forward = time.perf_counter()
+        loss = self._head(self.rooms, targets, scale)
+        self._backward(self.rooms, tokens)
+        self.seconds += (forward - started, time.perf_counter() - forward)
+        return loss
+
+    # -- forward ---------------------------------------------------------------------------------
+
+    def _forward(self, rooms: _Rooms, tokens: np.ndarray) -> None:
+        """tokens (N,) -> rooms.normed (N, C), what the head reads."""
+        self.k.embed(tokens, _numbers(self.model.token_embedding.weight), rooms.dx.array)
         self._drop(rooms.dx, place=-1)
         x, branch = rooms.dx, rooms.nothing
         for layer in range(self.config.n_layer):
             x, branch = self._block(layer, rooms, x, branch)
         norm: Any = self.model.final_norm.weight
-        k.add_norm(x.array, branch.array, _numbers(norm), self.eps, rooms.x.array,
-                   rooms.normed.array, rooms.inverse.array)  # fmt: skip
-        loss = self._head(rooms, np.ascontiguousarray(targets).reshape(-1), scale)
-        rooms.dx.array.fill(0)
-        self._norm_backward(norm, rooms.x, rooms.inverse, rooms)
-        for layer in reversed(range(self.config.n_layer)):
-            self._block_backward(layer, rooms)
-        self._drop(rooms.dx, place=-1)
-        k.embed_backward(tokens, rooms.dx.array, _gradient(self.model.token_embedding.weight))
-        return loss
-
-    # -- forward ---------------------------------------------------------------------------------
+        self.k.add_norm(x.array, branch.array, _numbers(norm), self.eps, rooms.x.array,
+                        rooms.normed.array, rooms.inverse.array)  # fmt: skip
 
     def _block(self, layer: int, rooms: _Rooms, x: _Room, branch: _Room) -> tuple[_Room, _Room]:
         """`Block.forward` for a stream whose last branch is not added yet; so is what it gives."""
@@ -209,6 +211,17 @@ class FusedStep:
         return loss
 
     # -- backward --------------------------------------------------------------------------------
+
+    def _backward(self, rooms: _Rooms, tokens: np.ndarray) -> None:
+        """From rooms.dnormed, the gradient of what the head reads, back to the embeddings."""
+        norm: Any = self.model.final_norm.weight
+        rooms.dx.array.fill(0)
+        self._norm_backward(norm, rooms.x, rooms.inverse, rooms)
+        for layer in reversed(range(self.config.n_layer)):
+            self._block_backward(layer, rooms)
+        self._drop(rooms.dx, place=-1)
+        table = _gradient(self.model.token_embedding.weight)
+        self.k.embed_backward(tokens, rooms.dx.array, table)
 
     def _block_backward(self, layer: int, rooms: _Rooms) -> None:
         """rooms.dx and, rounded, rooms.branch: gradient behind the block -> before it."""

@@ -1,0 +1,133 @@
+"""`train --budget` against nanoGPT, and against shapes picked by hand.
+
+    python benchmarks/budget.py nanogpt --nanogpt CHECKOUT --data shakespeare.txt [--rounds 3]
+    python benchmarks/budget.py grid --data shakespeare.txt --budgets 30s 1m 2m 5m
+    python benchmarks/budget.py long --data shakespeare.txt --budgets 30m
+
+nanogpt: whole processes, in turn: nanoGPT's CPU recipe, then a budget of a tenth of the time it
+took, then one of the same time. grid: the budget's own choice between eight shapes that are given
+the same time. Losses are of the saved models, over the entire validation split, each with its own
+context. A run that ends outside 0.9 to 1.03 of its budget is marked. Results: results/budget.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from train_cpu import (
+    from_nanogpt,
+    from_run,
+    make_peer,
+    nanogpt_command,
+    timed,
+    val_loss,
+    write_data,
+)
+
+from glassgpt.config import seconds_of
+from glassgpt.data.batches import TokenFiles, load_data
+
+RESULTS = Path(__file__).parent / "results" / "budget.json"
+# Layers x width, context: around what the rule would choose for half a minute to five.
+GRID = [(2, 64, 64), (2, 96, 64), (2, 128, 128), (3, 128, 128), (4, 128, 128), (4, 160, 128),
+        (4, 192, 128), (6, 192, 128), (6, 256, 256)]  # fmt: skip
+
+
+def main() -> None:
+    options = arguments()
+    with tempfile.TemporaryDirectory() as work:
+        folder = Path(work) / "data"
+        write_data(options.data.read_text(encoding="utf-8"), folder)
+        if options.what == "nanogpt":
+            result = against_nanogpt(options, Path(work), folder)
+        else:
+            shapes = GRID if options.what == "grid" else []
+            result = {budget: against_grid(budget, folder, Path(work), shapes, options.seed)
+                      for budget in options.budgets}  # fmt: skip
+    keep(f"{options.what} {options.data.stem}", result)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=["nanogpt", "grid", "long"])
+    parser.add_argument("--data", type=Path, required=True, help="a text, such as tiny Shakespeare")
+    parser.add_argument("--nanogpt", type=Path, help="a checkout of nanoGPT")
+    parser.add_argument("--budgets", nargs="+", default=["1m"])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seed", type=int, default=1337)
+    return parser.parse_args()
+
+
+def against_nanogpt(options: argparse.Namespace, work: Path, data: Path) -> dict[str, Any]:
+    peer = make_peer(options.nanogpt, work, data)
+    rounds = []
+    for number in range(options.rounds):
+        theirs = timed(nanogpt_command(2000), cwd=peer)
+        loss = whole_loss(from_nanogpt(peer / "out-bench" / "ckpt.pt"), data)
+        tenth = trained(f"{theirs / 10:.1f}s", data, work / f"tenth-{number}", options.seed)
+        same = trained(f"{theirs:.0f}s", data, work / f"same-{number}", options.seed)
+        row = {"nanogpt": {"seconds": round(theirs, 1), "val_loss": loss},
+               "tenth": tenth, "same": same}  # fmt: skip
+        print(json.dumps(row), flush=True)
+        rounds.append(row)
+    shares = [row["tenth"]["seconds"] / row["nanogpt"]["seconds"] for row in rounds]
+    ahead = [row["nanogpt"]["val_loss"] - row["tenth"]["val_loss"] for row in rounds]
+    return {"rounds": rounds, "share_of_time": round(statistics.median(shares), 3),
+            "loss_ahead": round(statistics.median(ahead), 4)}  # fmt: skip
+
+
+def against_grid(
+    budget: str, data: Path, work: Path, shapes: list[tuple[int, int, int]], seed: int
+) -> dict[str, Any]:
+    own = trained(budget, data, work / f"own-{budget}", seed)
+    print(f"{budget} own choice: {own}", flush=True)
+    rows = []
+    for n_layer, n_embd, context in shapes:
+        options = ["--n-layer", f"{n_layer}", "--n-embd", f"{n_embd}", "--n-head",
+                   f"{n_embd // 32}", "--context-length", f"{context}"]  # fmt: skip
+        name = f"{n_layer}x{n_embd} context {context}"
+        rows.append({"shape": name} | trained(budget, data, work / f"{name}-{budget}", seed,
+                                              *options))  # fmt: skip
+        print(f"{budget} {rows[-1]}", flush=True)
+    best = min([own, *rows], key=lambda row: row["val_loss"])
+    return {"own": own, "grid": rows, "behind_best": round(own["val_loss"] - best["val_loss"], 4)}
+
+
+def trained(budget: str, data: Path, run: Path, seed: int, *more: str) -> dict[str, Any]:
+    command = [sys.executable, "-m", "glassgpt", "train", str(data), "--budget", budget,
+               "--out", str(run), "--overwrite", "--seed", str(seed), *more]  # fmt: skip
+    took = timed(command)
+    info = json.loads((run / "glassgpt.json").read_text())
+    model = info["model"]
+    shape = f"{model['n_layer']}x{model['n_embd']} context {model['context_length']}"
+    share = took / seconds_of(budget)
+    return {"seconds": round(took, 2), "share": round(share, 3), "on_time": 0.9 <= share <= 1.03,
+            "chosen": shape, "steps": info["step"],
+            "val_loss": whole_loss(from_run(run), data)}  # fmt: skip
+
+
+def whole_loss(model: torch.nn.Module, data: Path) -> float:
+    split: TokenFiles = load_data(data).val
+    return round(val_loss(model, split, model.config.context_length), 4)  # type: ignore
+
+
+def keep(name: str, result: dict[str, Any]) -> None:
+    print(json.dumps({name: result}, indent=2))
+    everything = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    about = {"date": date.today().isoformat(), "torch": torch.__version__,
+             "threads": torch.get_num_threads()}  # fmt: skip
+    everything[name] = about | result
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps(everything, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

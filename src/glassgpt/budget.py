@@ -1,0 +1,165 @@
+"""Which model to train in the time there is: the rule behind `--budget`.
+
+    choose(Text(1_000_000, 65, 2.4), seconds=300, fixed={}, measured={}).model
+
+A larger model learns more from each token and sees fewer of them. The rule walks a ladder of
+shapes, from 0.1 to 100 million parameters, asks how many tokens each would see in the time, and
+what loss a law fitted to our own runs expects of that (benchmarks/sweep.py measures them,
+docs/budget.md shows them). It knows arithmetic only: how fast a shape is here, it asks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from glassgpt.config import ModelConfig
+from glassgpt.errors import UserError
+
+# (n_layer, n_embd, context_length): each costs about 1.5 times the one before, per token.
+LADDER = (
+    (2, 64, 64), (2, 96, 64), (3, 96, 128), (3, 128, 128), (4, 128, 128), (4, 160, 128),
+    (5, 192, 256), (6, 192, 256), (6, 256, 256), (8, 256, 256), (8, 384, 256), (10, 512, 512),
+    (12, 640, 512), (12, 768, 1024),
+)  # fmt: skip
+_WIDEST_SMALL_HEADS = 256  # up to here heads are 32 wide, beyond 64
+
+
+@dataclass(frozen=True)
+class Text:
+    """What the rule needs to know of a text."""
+
+    tokens: int  # to train on, once through
+    vocab_size: int
+    bits_per_token: float  # as bzip2 packs them: how hard the text is to predict
+
+
+@dataclass(frozen=True)
+class Law:
+    """Expected loss = scale * (floor + a / N^alpha + b / D^beta), in nats per token.
+
+    N parameters outside the embeddings, D tokens seen. Repeated tokens teach less each time
+    (arXiv:2305.16264, eq. 5): D counts as U + U r (1 - exp(-R / r)) after R repetitions of U.
+    """
+
+    floor: float
+    a: float
+    alpha: float
+    b: float
+    beta: float
+    repetitions: float  # r: after so many, a repeated token teaches 1/e of what a new one does
+
+    def __call__(self, n_parameters: float, tokens: float, text: Text, scale: float) -> float:
+        once = min(tokens, text.tokens)
+        repeated = max(0.0, tokens / text.tokens - 1)
+        seen = once + once * self.repetitions * (1 - math.exp(-repeated / self.repetitions))
+        return scale * (self.floor + self.a / n_parameters**self.alpha + self.b / seen**self.beta)
+
+
+# Fitted by benchmarks/sweep.py to characters of tiny Shakespeare; `scale` carries it to others.
+CHARACTERS = Law(floor=0.9, a=12.0, alpha=0.32, b=190.0, beta=0.43, repetitions=8.0)
+_BITS_OF_SHAKESPEARE = 2.75
+# Hoffmann et al. (arXiv:2203.15556, approach 3): web text in BPE tokens, models of any size.
+WEB_TEXT = Law(floor=1.69, a=406.4, alpha=0.34, b=410.7, beta=0.28, repetitions=15.4)
+_LARGE_VOCABULARY = 1024
+_TYPICAL_SPEED = 250e9  # multiplications and additions per second, before one is measured
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A shape, how to train it, and what to expect."""
+
+    model: ModelConfig
+    train: dict[str, Any]  # options of TrainConfig
+    token_seconds: float
+    tokens: float
+    loss: float  # expected, nats per token
+
+
+def expected_loss(model: ModelConfig, tokens: float, text: Text) -> float:
+    """What `train --budget` reaches with this model after so many tokens, in nats per token."""
+    n = model.n_parameters - model.vocab_size * model.n_embd * (2 - model.tie_embeddings)
+    if text.vocab_size > _LARGE_VOCABULARY:
+        return WEB_TEXT(max(n, 1), tokens, text, 1.0)
+    return CHARACTERS(max(n, 1), tokens, text, text.bits_per_token / _BITS_OF_SHAKESPEARE)
+
+
+def candidates(vocab_size: int, fixed: dict[str, Any]) -> list[ModelConfig]:
+    """The ladder's shapes with the options that somebody named, without repetitions."""
+    shapes: dict[ModelConfig, None] = {}
+    refused: UserError | None = None
+    for n_layer, n_embd, context_length in LADDER:
+        width = fixed.get("n_embd", n_embd)
+        head = 32 if width <= _WIDEST_SMALL_HEADS else 64
+        wished: dict[str, Any] = dict(n_layer=n_layer, context_length=context_length)
+        wished |= dict(n_embd=width, n_head=max(1, width // head)) | fixed
+        try:
+            config = ModelConfig.from_shape(vocab_size=vocab_size, **wished)
+        except UserError as error:
+            refused = error
+        else:
+            shapes[config] = None
+    if refused is not None and not shapes:
+        raise refused
+    return list(shapes)
+
+
+def training_options(model: ModelConfig, tokens: float, text: Text) -> dict[str, Any]:
+    """How to train `model` on about so many tokens: batch, rates, decay, dropout."""
+    return dict(
+        optimizer="muon", batch_tokens=2048, learning_rate=0.006, muon_learning_rate=0.03,
+        schedule="linear", min_learning_rate=0.0, warmup_steps=20, weight_decay=0.1,
+        max_steps=1 << 40,
+    )  # fmt: skip
+
+
+def choose(
+    text: Text,
+    *,
+    seconds: float,
+    fixed: dict[str, Any],
+    measured: dict[ModelConfig, float],
+    measure: Callable[[ModelConfig, dict[str, Any]], float] | None = None,
+) -> Choice:
+    """The best of the ladder for `seconds` of training, with the options in `fixed` as they are.
+
+    `measured` holds seconds per token of shapes; those of others are guessed from them. `measure`
+    is asked for the shape that looks best, until the best one is a measured one.
+    """
+    shapes = [model for model in candidates(text.vocab_size, fixed)
+              if model.context_length < text.tokens]  # fmt: skip
+    if not shapes:
+        raise UserError(f"{text.tokens} tokens are too few to train on")
+    while True:
+        best = min(
+            (_choice(model, _seconds(model, measured), seconds, text) for model in shapes),
+            key=lambda choice: choice.loss,
+        )
+        if best.model in measured or measure is None:
+            return best
+        measured[best.model] = measure(best.model, best.train)
+
+
+def _choice(model: ModelConfig, token_seconds: float, seconds: float, text: Text) -> Choice:
+    tokens = max(1.0, seconds / token_seconds)
+    train = training_options(model, tokens, text)
+    return Choice(model, train, token_seconds, tokens, expected_loss(model, tokens, text))
+
+
+def _seconds(model: ModelConfig, measured: dict[ModelConfig, float]) -> float:
+    """Of one token, by the work in it and by the speed of the measured shape nearest in width.
+
+    Narrow products use less of a processor: width / (width + 64) of its speed, roughly.
+    """
+    if model in measured:
+        return measured[model]
+
+    def work(other: ModelConfig) -> float:
+        return other.flops_per_token() * (1 + 64 / other.n_embd)
+
+    if not measured:
+        return work(model) / _TYPICAL_SPEED
+    near = min(measured, key=lambda other: abs(math.log(other.n_embd / model.n_embd)))
+    return measured[near] * work(model) / work(near)
