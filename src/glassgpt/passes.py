@@ -9,6 +9,7 @@ optimizer, no schedule and no file.
 
 from __future__ import annotations
 
+import gc
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -195,15 +196,21 @@ class Passes:
                     self.steps[0](tokens[:1], targets[:1], 0.0, 0)
             except ImportError as error:
                 self._without_compiler("the fused step", error)
+                self.weights = None
+                # As in _make_steps: with dropout, threads would draw in any order.
+                steps = self.steps[:1] if self.model.config.dropout else self.steps
+                self.steps = [AutogradStep(s.model, self.machine, self.scaler) for s in steps]
         elif self.may_compile:
+            step: Any = self.steps[0]
+            plain = step.called
             try:
                 self.progress.status("compiling the model (once; a minute or so)")
-                step: Any = self.steps[0]
                 step.called = torch.compile(step.called, dynamic=False)
                 rows = slice(self.micro_batch_size)
                 step.loss(tokens[rows], targets[rows]).backward()
                 self.compiled = True
             except Exception as error:
+                step.called = plain
                 self._without_compiler("torch.compile", error)
         self._forget()
 
@@ -249,8 +256,6 @@ class Passes:
         self.progress.say(f"warning: {what} does not work here ({reason[:100]}); "
                           "training goes on without it")  # fmt: skip
         self.may_compile = False
-        self.weights = None
-        self.steps = [AutogradStep(self.model, self.machine, self.scaler)]
 
     def _share(self, work: Callable[..., Any], *arguments: Any) -> list[Any]:
         """[work(step, rows of the arrays, number of the first)] for each thread's share."""
@@ -298,6 +303,7 @@ class Passes:
                         "smaller --micro-batch-size, --context-length or model"
                     ) from None
             self._forget()
+            gc.collect()  # an error of a thread holds itself, and with it all that its step had
             if self.machine.device.type == "cuda":
                 torch.cuda.empty_cache()
             self.micro_batch_size = self.fits_in_memory = (self.micro_batch_size + 1) // 2

@@ -20,16 +20,23 @@ from glassgpt import checkpoint, runtime
 from glassgpt.config import ModelConfig, TrainConfig
 from glassgpt.data.batches import load_data
 from glassgpt.data.prepare import prepare
+from glassgpt.engine.compiled import load_kernels
 from glassgpt.errors import UserError
-from glassgpt.model import GPT
 from glassgpt.runlog import Progress, read_metrics
 from glassgpt.trainer import Trainer
 from glassgpt.training import new_folder, train
-from glassgpt.workers import Workers, useful_workers
 
 TINY = dict(n_layer=2, n_head=2, n_embd=12, context_length=11, batch_tokens=66, max_steps=12,
             eval_interval=4, log_interval=1, sample_tokens=5, warmup_steps=2,
             learning_rate=1e-2)  # fmt: skip
+# What a run may be made of: by default, everything is the first.
+WAYS = {
+    "muon-fused": dict(),
+    "adamw-autograd": dict(optimizer="adamw", shape="gpt2"),
+    "muon-autograd": dict(n_kv_head=1),
+    "adamw-fused": dict(optimizer="adamw", dtype="float32"),
+}
+every_way = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +55,7 @@ def losses(run: Path, key: str = "train_loss") -> list[tuple[int, float]]:
 
 
 def make_trainer(text: str, run: Path, **options) -> Trainer:
-    """A trainer without the loop: for looking at one step."""
+    """A trainer without the loop: for looking at one evaluation."""
     from glassgpt.config import DataConfig
 
     prepare([text], run / "data", DataConfig())
@@ -60,51 +67,10 @@ def make_trainer(text: str, run: Path, **options) -> Trainer:
                    Progress(), {})  # fmt: skip
 
 
-def gradients(trainer: Trainer) -> dict[str, torch.Tensor]:
-    trainer._gradients()
-    return {name: p.grad.clone() for name, p in trainer.model.named_parameters()}
-
-
-def assert_close(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
-    for name, gradient in a.items():
-        torch.testing.assert_close(gradient, b[name], rtol=1e-4, atol=1e-7, msg=name)
-
-
-def test_accumulation_is_the_big_batch(text, tmp_path):
-    whole = gradients(make_trainer(text, tmp_path / "a", threads=1))
-    parts = gradients(make_trainer(text, tmp_path / "b", threads=1, micro_batch_size=4))  # 4 + 2
-    assert_close(whole, parts)
-    assert all(gradient.abs().max() > 0 for gradient in whole.values())
-
-
-@pytest.mark.parametrize("threads", [2, 4])
-def test_rows_on_several_cores_are_the_rows_on_one(text, tmp_path, threads):
-    one = gradients(make_trainer(text, tmp_path / "a", threads=1))
-    trainer = make_trainer(text, tmp_path / "b", threads=threads, micro_batch_size=5)
-    assert len(trainer.workers.models) == threads
-    assert_close(one, gradients(trainer))
-    leftovers = [p.grad for m in trainer.workers.models[1:] for p in m.parameters()]
-    assert leftovers == [None] * len(leftovers)
-
-
-def test_workers_share_weights_not_gradients():
-    config = ModelConfig.from_shape("gpt2", vocab_size=7, n_layer=1, n_head=2, n_embd=6,
-                                    context_length=5)  # fmt: skip
-    model = GPT(config)
-    workers = Workers(model, 3)
-    with torch.no_grad():
-        model.token_embedding.weight.add_(1.0)
-    for other in workers.models:
-        assert other.token_embedding.weight.data_ptr() == model.token_embedding.weight.data_ptr()
-        assert other.head.weight.data_ptr() == model.token_embedding.weight.data_ptr()
-    assert useful_workers(16, 5, 1000) == 5
-    assert useful_workers(2, 12, 124_000_000) == 2
-    assert useful_workers(16, 64, 124_000_000) == 1
-
-
-@pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_resumed_is_uninterrupted(text, tmp_path, dropout):
-    options = {**TINY, "dropout": dropout}
+@pytest.mark.parametrize(("name", "dropout"), [(name, 0.0) for name in WAYS]
+                         + [("muon-fused", 0.2), ("adamw-autograd", 0.2)])  # fmt: skip
+def test_resumed_is_uninterrupted(text, tmp_path, name, dropout):
+    options = {**TINY, **WAYS[name], "dropout": dropout}
     full = train(text, out=str(tmp_path / "full"), **options)
     part = tmp_path / "part"
     train(text, out=str(part), **{**options, "max_steps": 6, "decay_steps": 12})
@@ -116,8 +82,10 @@ def test_resumed_is_uninterrupted(text, tmp_path, dropout):
     assert all(np.array_equal(a.weights[name], b.weights[name]) for name in a.weights)
 
 
-def test_a_signal_stops_after_the_step_and_resumes_bit_for_bit(text, tmp_path):
-    full = train(text, out=str(tmp_path / "full"), **{**TINY, "max_steps": 300})
+@pytest.mark.parametrize("name", ["muon-fused", "adamw-autograd"])
+def test_a_signal_stops_after_the_step_and_resumes_bit_for_bit(text, tmp_path, name):
+    options = {**TINY, **WAYS[name], "max_steps": 120}
+    full = train(text, out=str(tmp_path / "full"), **options)
 
     class StopAt(Progress):
         def status(self, text: str) -> None:
@@ -126,7 +94,7 @@ def test_a_signal_stops_after_the_step_and_resumes_bit_for_bit(text, tmp_path):
 
     assert threading.current_thread() is threading.main_thread()
     run = tmp_path / "stopped"
-    stopped = train(text, out=str(run), progress=StopAt(), **{**TINY, "max_steps": 300})
+    stopped = train(text, out=str(run), progress=StopAt(), **options)
     assert not stopped.finished
     assert stopped.step == 57
     train(resume=str(run))
@@ -135,9 +103,10 @@ def test_a_signal_stops_after_the_step_and_resumes_bit_for_bit(text, tmp_path):
     assert (run / "samples.md").read_text() == (full.run / "samples.md").read_text()
 
 
-def test_same_seed_same_losses_other_seed_other_losses(text, tmp_path):
+@every_way
+def test_same_seed_same_losses_other_seed_other_losses(text, tmp_path, way):
     runs = [
-        train(text, out=str(tmp_path / name), **TINY, seed=seed).run
+        train(text, out=str(tmp_path / name), **TINY, **way, seed=seed).run
         for name, seed in (("a", 1), ("b", 1), ("c", 2))
     ]
     a, b, c = map(losses, runs)
@@ -145,13 +114,41 @@ def test_same_seed_same_losses_other_seed_other_losses(text, tmp_path):
     assert a != c
 
 
-def test_loss_falls_and_the_best_model_is_at_the_top(text, tmp_path):
-    result = train(text, out=str(tmp_path / "run"), **{**TINY, "max_steps": 200,
+@every_way
+def test_loss_falls_and_the_best_model_is_at_the_top(text, tmp_path, way):
+    result = train(text, out=str(tmp_path / "run"), **{**TINY, **way, "max_steps": 200,
                    "eval_interval": 50, "n_embd": 32})  # fmt: skip
     assert result.best_val_loss < result.first_val_loss - 1.0
     top = checkpoint.load_model(result.run)
     assert top.info["best_val_loss"] == result.best_val_loss
     assert min(loss for _, loss in losses(result.run, "val_loss")) == result.best_val_loss
+
+
+def test_muon_learns_more_in_the_same_steps(tmp_path):
+    """Real text, both with the rates that they have by default; measured: 2.39 and 2.62."""
+    options = dict(n_layer=2, n_head=4, n_embd=32, context_length=32, batch_tokens=1024,
+                   max_steps=250, warmup_steps=10, eval_batches=16, sample_tokens=0,
+                   max_tokens=200_000, threads=1, seed=1)  # fmt: skip
+    muon, adamw = (
+        train("python-manual", out=tmp_path / name, optimizer=name, **options).best_val_loss
+        for name in ("muon", "adamw")
+    )
+    assert muon < adamw - 0.1
+
+
+def test_training_does_the_same_where_nothing_can_be_fused(text, tmp_path, monkeypatch):
+    said: list[str] = []
+    progress = Progress()
+    progress.say = lambda text="": said.append(text)  # type: ignore[method-assign]
+    options = {**TINY, "dtype": "float32"}
+    fused = train(text, out=tmp_path / "fused", **options)
+    monkeypatch.setitem(sys.modules, "numba", None)
+    load_kernels.cache_clear()
+    result = train(text, out=tmp_path / "run", progress=progress, **options)
+    assert result.finished
+    assert not re.search("numba|fused|warning|compil", "\n".join(said))
+    both = [[loss for _, loss in losses(each.run)] for each in (fused, result)]
+    assert both[0] == pytest.approx(both[1], abs=1e-4)
 
 
 def test_evaluation_is_the_mean_over_every_token_of_the_split(text, tmp_path):
@@ -169,8 +166,8 @@ def test_evaluation_is_the_mean_over_every_token_of_the_split(text, tmp_path):
 
 
 def test_patience_stops_early(text, tmp_path):
-    options = {**TINY, "learning_rate": 1e-9, "max_steps": 400, "patience": 2, "weight_decay": 0.0,
-               "grad_clip": None}  # fmt: skip
+    options = {**TINY, "learning_rate": 1e-9, "muon_learning_rate": 1e-9, "max_steps": 400,
+               "patience": 2, "weight_decay": 0.0, "grad_clip": None}  # fmt: skip
     messages: list[str] = []
     progress = Progress()
     progress.say = lambda text="": messages.append(text)  # type: ignore[method-assign]
@@ -184,37 +181,16 @@ def test_patience_stops_early(text, tmp_path):
     assert len(evaluations) - 1 - best == 2
 
 
-def test_a_diverging_run_stops_and_keeps_the_last_good_checkpoint(text, tmp_path):
+@every_way
+def test_a_diverging_run_stops_and_keeps_the_last_good_checkpoint(text, tmp_path, way):
     run = tmp_path / "run"
     with pytest.raises(
         UserError, match="step 2:.*gradient norm.*learning rate.*keeps the last good"
     ):
-        train(text, out=str(run), **{**TINY, "learning_rate": 1e30, "grad_clip": None,
+        train(text, out=str(run), **{**TINY, **way, "learning_rate": 1e30, "grad_clip": None,
               "warmup_steps": 0, "max_steps": 200})  # fmt: skip
     kept = checkpoint.load_model(run)
     assert all(np.isfinite(weight).all() for weight in kept.weights.values())
-
-
-def test_out_of_memory_halves_the_micro_batch_and_keeps_the_step(text, tmp_path):
-    """The allocator's own error, raised where it would be; a real one is in tests/e2e."""
-    trainer = make_trainer(text, tmp_path, threads=1)
-    whole = gradients(make_trainer(text, tmp_path / "whole", threads=1))
-    real, said = trainer._loss, []
-    trainer.progress.say = lambda text="": said.append(text)  # type: ignore[method-assign]
-
-    def loss(model, tokens, targets):
-        if len(tokens) > 2:
-            raise torch.OutOfMemoryError("out of memory")
-        return real(model, tokens, targets)
-
-    trainer._loss = loss  # type: ignore[method-assign]
-    trainer._shrinking_to_memory(trainer._gradients)
-    assert trainer.micro_batch_size == 2
-    assert len(said) == 2  # 6 -> 3 -> 2
-    assert_close(whole, {n: p.grad for n, p in trainer.model.named_parameters()})
-    trainer._loss = lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("out of memory"))
-    with pytest.raises(UserError, match="smaller --micro-batch-size"):
-        trainer._shrinking_to_memory(trainer._gradients)
 
 
 def test_the_run_says_what_it_was(text, tmp_path):
@@ -354,7 +330,8 @@ def test_evaluation_on_a_part_is_the_same_part_everywhere(text, tmp_path):
     for name, how in (("a", dict(threads=1)), ("b", dict(threads=2, micro_batch_size=2))):
         trainer = make_trainer(text, tmp_path / name, eval_batches=2, **how)
         trainer.stop = runtime.StopRequest()
-        found.append(trainer.evaluate(trainer.data.val))
+        assert trainer.eval_windows == 12
+        found.append(trainer.evaluate(trainer.data.val, windows=trainer.eval_windows))
         whole = make_trainer(text, tmp_path / f"{name}-whole", **how)
         whole.stop = runtime.StopRequest()
         assert found[-1] != pytest.approx(whole.evaluate(whole.data.val), abs=1e-6)
@@ -404,6 +381,14 @@ def test_models_of_others_are_not_overwritten(text, tmp_path):
     (run / "checkpoints" / "epoch1.ckpt").write_text("mine")
     with pytest.raises(UserError, match="checkpoints/epoch1.ckpt"):
         train(text, out=run, overwrite=True, **TINY)
+
+
+@pytest.mark.parametrize(("before", "now"), [("muon", "adamw"), ("adamw", "muon")])
+def test_another_optimizer_can_not_go_on(text, tmp_path, before, now):
+    run = train(text, out=tmp_path / "run", optimizer=before, **TINY).run
+    with pytest.raises(UserError, match=r"^[^\n]*another --optimizer[^\n]*$"):
+        train(resume=run, max_steps=14, optimizer=now)
+    assert train(resume=run, max_steps=14).step == 14
 
 
 def test_the_micro_batch_may_change_when_resuming(text, tmp_path):

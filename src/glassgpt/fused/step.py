@@ -143,6 +143,7 @@ class FusedStep:
         started, (B, T) = time.perf_counter(), tokens.shape
         tokens, targets = (np.ascontiguousarray(ids).reshape(-1) for ids in (tokens, targets))
         if self.rooms is None or self.rooms.size != (B, T):
+            self.rooms = None  # goes first: never memory for two
             self.rooms = _Rooms(self.config, B, T, self.weights.dtype)
         self.key = key & 0xFFFFFFFF
         self._forward(self.rooms, tokens)
