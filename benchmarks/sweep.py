@@ -16,7 +16,7 @@ import math
 import subprocess
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import torch
@@ -31,7 +31,7 @@ PLOT = HERE.parent / "docs" / "sweep.png"
 SHAPES = [(2, 64, 64), (2, 96, 64), (3, 128, 128), (4, 128, 128), (4, 160, 128), (6, 192, 128),
           (6, 256, 256)]  # fmt: skip
 MILLIONS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
-_MOST_WORK = 2.5e13  # multiplications and additions of one run: ten minutes of one thread
+_MOST_WORK = 4e13  # multiplications and additions of one run: ten minutes of one thread
 
 
 def main() -> None:
@@ -56,7 +56,8 @@ def run(data: Path, processes: int) -> None:
             if key not in known and millions * 1e6 * model.flops_per_token() < _MOST_WORK:
                 jobs.append((key, model))
     with ThreadPoolExecutor(processes) as pool:
-        for line in pool.map(lambda job: train(data, *job), jobs):
+        for done in as_completed([pool.submit(train, data, *job) for job in jobs]):
+            line = done.result()
             print(line, flush=True)
             with open(RESULTS, "a") as file:
                 file.write(line + "\n")
@@ -74,8 +75,7 @@ def train(data: Path, key: tuple[str, float, str], model: ModelConfig) -> str:
     steps = round(millions * 1e6 / options["batch_tokens"])
     options |= dict(max_steps=steps, n_layer=model.n_layer, n_embd=model.n_embd,
                     n_head=model.n_head, context_length=model.context_length,
-                    dropout=options.get("dropout", 0.0), eval_interval=10**9, sample_tokens=0,
-                    threads=1)  # fmt: skip
+                    eval_interval=10**9, sample_tokens=0, threads=1)  # fmt: skip
     flags = [part for name, value in options.items()
              for part in (f"--{name.replace('_', '-')}", str(value))]  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:

@@ -64,6 +64,9 @@ _BITS_OF_SHAKESPEARE = 2.75
 # Hoffmann et al. (arXiv:2203.15556, approach 3): web text in BPE tokens, models of any size.
 WEB_TEXT = Law(floor=1.69, a=406.4, alpha=0.34, b=410.7, beta=0.28, repetitions=15.4)
 _LARGE_VOCABULARY = 1024
+# Times through the text, up to which so much is dropped.
+_DROPOUT = ((3, 0.0), (6, 0.05), (25, 0.1), (math.inf, 0.15))
+_ENDLESS = 1 << 40  # steps: the clock says when it is over
 _TYPICAL_SPEED = 250e9  # multiplications and additions per second, before one is measured
 
 
@@ -72,7 +75,7 @@ class Choice:
     """A shape, how to train it, and what to expect."""
 
     model: ModelConfig
-    train: dict[str, Any]  # options of TrainConfig
+    train: dict[str, Any]  # options of training, and dropout
     token_seconds: float
     tokens: float
     loss: float  # expected, nats per token
@@ -107,11 +110,17 @@ def candidates(vocab_size: int, fixed: dict[str, Any]) -> list[ModelConfig]:
 
 
 def training_options(model: ModelConfig, tokens: float, text: Text) -> dict[str, Any]:
-    """How to train `model` on about so many tokens: batch, rates, decay, dropout."""
+    """How to train `model` on about so many tokens: batch, rates, decay, dropout.
+
+    Dropout keeps a text that is seen often from being learned by heart; seen twice, it only slows
+    the learning down (docs/LOG.md).
+    """
+    epochs = tokens / text.tokens
+    dropout = next(share for most, share in _DROPOUT if epochs <= most)
     return dict(
         optimizer="muon", batch_tokens=2048, learning_rate=0.012, muon_learning_rate=0.02,
         schedule="linear", min_learning_rate=0.0, warmup_steps=20, weight_decay=0.1,
-        max_steps=1 << 40,
+        dropout=dropout, max_steps=_ENDLESS,
     )  # fmt: skip
 
 

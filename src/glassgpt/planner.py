@@ -54,7 +54,8 @@ def plan_budget(
     def measure(model: ModelConfig, train: dict[str, Any]) -> float:
         progress.status(f"measuring {model.n_layer} layers, {model.n_embd} wide")
         own = {name: given[name] for name in names_of(TrainConfig) & set(given)}
-        config = TrainConfig(**train | own)
+        model = dataclasses.replace(model, dropout=given.get("dropout", train["dropout"]))
+        config = TrainConfig(**{k: v for k, v in train.items() if k != "dropout"} | own)
         speed = time_steps(model, config, alone, seconds=_CALIBRATION_SHARE * budget,
                            progress=progress)  # fmt: skip
         return speed.seconds / speed.tokens / machine.world
@@ -82,7 +83,7 @@ def plan_budget(
 
 
 def _shape_of(model: ModelConfig) -> dict[str, Any]:
-    names = ("n_layer", "n_head", "n_embd", "context_length", "dropout")
+    names = ("n_layer", "n_head", "n_embd", "context_length")
     return {name: getattr(model, name) for name in names}
 
 
