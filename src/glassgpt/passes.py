@@ -133,10 +133,10 @@ class Passes:
             torch.distributed.all_reduce(total)
         return total
 
-    @torch.no_grad()
     def losses(self, tokens: np.ndarray, targets: np.ndarray) -> float:
         """The summed loss of some rows, in the machine's precision, without dropout."""
 
+        @torch.no_grad()  # here, since each thread has a switch of its own
         def work(step: Any, tokens: np.ndarray, targets: np.ndarray, first: int) -> float:
             model = step.model.eval()
             # Ranks may have unequal shares; the last, smaller batch is not worth compiling for.
