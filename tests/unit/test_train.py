@@ -18,6 +18,7 @@ import torch
 
 from glassgpt import checkpoint, runtime
 from glassgpt.config import ModelConfig, TrainConfig
+from glassgpt.costs import useful_workers
 from glassgpt.data.batches import load_data
 from glassgpt.data.prepare import prepare
 from glassgpt.errors import UserError
@@ -25,7 +26,7 @@ from glassgpt.model import GPT
 from glassgpt.runlog import Progress, read_metrics
 from glassgpt.trainer import Trainer
 from glassgpt.training import new_folder, train
-from glassgpt.workers import Workers, useful_workers
+from glassgpt.workers import Workers
 
 TINY = dict(n_layer=2, n_head=2, n_embd=12, context_length=11, batch_tokens=66, max_steps=12,
             eval_interval=4, log_interval=1, sample_tokens=5, warmup_steps=2,
