@@ -13,7 +13,7 @@ import dataclasses
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from glassgpt.config import ModelConfig, TrainConfig
 from glassgpt.errors import UserError, nearest
@@ -80,7 +80,7 @@ def seconds(model: ModelConfig, tokens: float, *, flops: float, mfu: float) -> f
 
 def parameters_by_part(model: ModelConfig) -> dict[str, int]:
     """Where the numbers are; the parts add up to `model.n_parameters`."""
-    parts = dict.fromkeys(("embeddings", "attention", "MLP", "norms"), 0)
+    parts: dict[str, int] = dict.fromkeys(("embeddings", "attention", "MLP", "norms"), 0)
     for name, shape in model.weight_shapes.items():
         if "norm" in name:
             part = "norms"
@@ -240,16 +240,18 @@ def memory(
 
 
 def largest_micro_batch(
-    model: ModelConfig, train: TrainConfig, room: int, *, world: int = 1, bfloat16: bool = True
+    model: ModelConfig, train: TrainConfig, room: int, **place: Any
 ) -> int | None:
-    """The most sequences at a time whose training fits in `room` bytes of a GPU; None: not one."""
+    """The most sequences at a time whose training fits in `room` bytes; None: not even one.
+
+    `place`: the options of `memory`.
+    """
 
     def fits(rows: int) -> bool:
         asked = dataclasses.replace(train, micro_batch_size=rows)
-        need = memory(model, asked, device="cuda", world=world, bfloat16=bfloat16)
-        return need.total <= room
+        return memory(model, asked, **place).total <= room
 
-    low, high = 0, rows_per_process(model, train, world)
+    low, high = 0, rows_per_process(model, train, place.get("world", 1))
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fits(middle) else (low, middle - 1)
@@ -319,7 +321,7 @@ def _autograd_step(model: ModelConfig, how: Way, gradients: _Blocks, on_gpu: boo
     # What the way back needs at first: two gradients of the logits, or those of a block.
     turn = _Blocks([4 * tokens * V] * 2) | _Blocks([4 * tokens * C, how.width * tokens * F] * 2)
     if model.dropout and not on_gpu:
-        turn |= _Blocks([4 * tokens * model.n_head * model.context_length] * 5)
+        turn |= _Blocks([4 * tokens * model.n_head * model.context_length] * 3)
     kept = _Blocks(per_block, model.n_layer) + _Blocks([*stream, 4 * tokens * V]) + turn
     start = _Blocks()
     for _ in range(how.workers):
