@@ -21,15 +21,15 @@ import torch.nn.functional as F
 
 from glassgpt import runtime
 from glassgpt.config import TrainConfig
+from glassgpt.costs import EVAL_LOGITS, useful_workers
 from glassgpt.data.batches import IGNORE
 from glassgpt.engine.compiled import first_call
 from glassgpt.errors import UserError
 from glassgpt.fused.step import FusedStep, Weights, can_fuse, multiplies_bfloat16
 from glassgpt.model import GPT
 from glassgpt.runlog import Progress
-from glassgpt.workers import Workers, share_weights, useful_workers
+from glassgpt.workers import Workers, share_weights
 
-_EVAL_LOGITS = 1 << 24  # numbers per evaluation batch: large batches are fast, but must fit
 T_ = TypeVar("T_")
 
 
@@ -161,7 +161,7 @@ class Passes:
             rows = self.micro_batch_size
             if not self.compiled:  # no gradients: more fits at once, and large batches are faster
                 config = self.model.config
-                fit = _EVAL_LOGITS // (config.context_length * config.vocab_size)
+                fit = EVAL_LOGITS // (config.context_length * config.vocab_size)
                 rows = max(rows, min(4 * rows, fit))
             return work(rows)
 

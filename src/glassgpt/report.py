@@ -17,7 +17,7 @@ from glassgpt.system import write_file
 
 
 @dataclass(frozen=True)
-class Plan:
+class Expectation:
     """What was expected of a run, before it began; kept with it."""
 
     seconds: float  # of the whole budget
@@ -41,7 +41,7 @@ class Report:
     vocab_size: int
     spent: dict[str, float]  # part of the work -> seconds
     samples: tuple[str, ...]
-    plan: Plan | None
+    plan: Expectation | None
 
     @property
     def tokens_per_second(self) -> float:
@@ -98,7 +98,7 @@ def _rows(report: Report) -> list[tuple[str, str, str]]:
     def planned(text: str) -> str:
         return text if plan is not None else "-"
 
-    p = plan or Plan(0, 0, 0, 0, 0, 0)
+    p = plan or Expectation(0, 0, 0, 0, 0, 0)
     return [
         ("time", planned(format_seconds(p.seconds)), format_seconds(report.seconds)),
         ("tokens seen", planned(f"{p.tokens:,}"), f"{report.tokens:,} ({report.steps:,} steps)"),
@@ -116,6 +116,6 @@ def _parts(report: Report) -> list[tuple[str, float, float]]:
     return [(part, seconds, seconds / max(report.seconds, 1e-9)) for part, seconds in parts.items()]
 
 
-def _twice(report: Report, plan: Plan) -> float:
+def _twice(report: Report, plan: Expectation) -> float:
     """The plan's expectation, moved by as much as it was wrong about this run."""
     return plan.loss_of_twice + (report.val_loss - plan.loss)

@@ -19,14 +19,11 @@ import torch
 import torch.distributed as dist
 
 from glassgpt.config import TrainConfig
+from glassgpt.costs import peak_flops
 from glassgpt.errors import UserError
 from glassgpt.system import usable_cores
 
 T_ = TypeVar("T_")
-
-# Dense 16-bit matrix products per second, from the makers' data sheets; for MFU.
-_PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12,
-               "V100": 125e12, "T4": 65e12, "4090": 165e12, "3090": 71e12}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -47,8 +44,8 @@ class Machine:
         """Of all devices together; None where it is not known."""
         if self.device.type != "cuda" or self.dtype == torch.float32:
             return None
-        name = torch.cuda.get_device_name(self.device)
-        return next((f * self.world for key, f in _PEAK_FLOPS.items() if key in name), None)
+        of_one = peak_flops(torch.cuda.get_device_name(self.device))
+        return of_one and of_one * self.world
 
     def autocast(self) -> contextlib.AbstractContextManager:
         if self.dtype == torch.float32:

@@ -1,4 +1,4 @@
-"""Small favours of the operating system: files whole or absent, locks, signals, cores we may use.
+"""Small favours of the operating system: files whole or absent, locks, signals, cores, memory.
 
     write_file(Path("runs/book/config.json"), b"{}")
 
@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -102,3 +103,25 @@ def usable_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def memory_bytes() -> int | None:
+    """Memory this process may use, which in a container is less than the machine has."""
+    known = []
+    with contextlib.suppress(ValueError, OSError, AttributeError):
+        known.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    with contextlib.suppress(ValueError, OSError):  # "max" where there is no limit
+        known.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return min(known, default=None)
+
+
+def peak_memory() -> int:
+    """The most bytes that this process has had in memory until now."""
+    with contextlib.suppress(OSError):  # what getrusage says includes the process that began us
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

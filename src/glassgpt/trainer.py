@@ -44,7 +44,7 @@ from glassgpt.optim import (
 )
 from glassgpt.passes import Passes
 from glassgpt.plot import loss_curve
-from glassgpt.report import Plan, Report, summary, write_report
+from glassgpt.report import Expectation, Report, summary, write_report
 from glassgpt.runlog import Progress, RunLog, format_seconds, program, rewind_samples, write_sample
 from glassgpt.tokenizer import unknown_note
 
@@ -85,7 +85,7 @@ class Trainer:
         options: dict[str, Any],
         *,
         began: float | None = None,
-        plan: Plan | None = None,
+        plan: Expectation | None = None,
     ) -> None:
         """`began`: when the time of a budget started to run (time.monotonic); `plan`: what is
         expected of it."""
@@ -128,7 +128,7 @@ class Trainer:
             self.passes.micro_batch_size = min(self.passes.micro_batch_size, fits or 1 << 62)
         self.clock.used = state["seconds"]
         self.spent = self.spent or {}
-        self.plan = Plan(**state["plan"]) if state.get("plan") else None
+        self.plan = Expectation(**state["plan"]) if state.get("plan") else None
         for name in ("first_val_loss", "best_val_loss"):
             setattr(self, name, math.inf if state[name] is None else state[name])
         if self.clock.is_over(self.step) and self.evaluated_step == self.step:

@@ -216,6 +216,47 @@ def _say_what_next(terminal: Progress, result: TrainResult) -> None:
     terminal.say(f'next: {program()} sample {shown} --prompt "Once upon a time"')
 
 
+def plan(
+    data: Annotated[list[str] | None, Parameter(negative_iterable=())] = None,
+    /,
+    *,
+    preset: Annotated[str | None, Parameter(help="As for `train`.")] = None,
+    config: str | None = None,
+    gpu: str | None = None,
+    gpus: int | None = None,
+    mfu: float | None = None,
+    price: float | None = None,
+    options: Annotated[TrainOptions, Parameter(name="*")] = {},  # noqa: B006
+) -> None:
+    """Say what a training would take: memory, time and money, here or on the GPUs you name.
+
+    Takes the options of `train` and trains nothing. Without --gpu a few real steps are measured
+    on this machine; with it, time follows from the card's data sheet and the share --mfu of it.
+
+    Examples:
+
+    glassgpt plan book.txt --n-layer 6 --n-embd 384
+
+    glassgpt plan --preset gpt2-124m --gpu A100 --gpus 8 --mfu 0.4 --price 1.80
+
+    Parameters
+    ----------
+    gpu:
+        Card to plan for: H200, H100, A100, A100-80GB, L40S, L4, V100, T4, 4090, 3090.
+    gpus:
+        How many of them [1].
+    mfu:
+        Share of the card's peak that training reaches, 0 to 1 [0.3].
+    price:
+        Dollars for an hour of one GPU, or of this machine.
+    """
+    from glassgpt.planner import make_plan, table
+    from glassgpt.runlog import Terminal
+
+    print(table(make_plan(data, preset=preset, config=config, gpu=gpu, gpus=gpus, mfu=mfu,
+                          price=price, progress=Terminal(), **options)))  # fmt: skip
+
+
 def sample(
     run: str,
     /,

@@ -18,9 +18,6 @@ from typing import TypeVar
 import torch
 
 T_ = TypeVar("T_")
-# Every thread holds a gradient of the whole model: beyond this many numbers in all (1 GB), the
-# model is large enough for torch's way to be the better one.
-_MOST_GRADIENTS = 250_000_000
 
 
 class Workers:
@@ -45,12 +42,6 @@ class Workers:
     def close(self) -> None:
         if self._pool is not None:
             self._pool.shutdown()
-
-
-def useful_workers(threads: int, rows: int, n_parameters: int) -> int:
-    """How many workers pay: no more than rows or cores, and none for a large model."""
-    n = min(threads, rows)
-    return n if n * n_parameters <= _MOST_GRADIENTS else 1
 
 
 def share_weights(model: torch.nn.Module) -> torch.nn.Module:

@@ -16,6 +16,7 @@ from conftest import tiny_config, tiny_model
 from glassgpt import passes as room
 from glassgpt import runtime
 from glassgpt.config import ModelConfig, TrainConfig
+from glassgpt.costs import useful_workers
 from glassgpt.data.batches import IGNORE
 from glassgpt.engine.compiled import load_kernels
 from glassgpt.errors import UserError
@@ -23,7 +24,7 @@ from glassgpt.fused.step import FusedStep
 from glassgpt.model import GPT
 from glassgpt.passes import AutogradStep, Passes
 from glassgpt.runlog import Progress
-from glassgpt.workers import Workers, share_weights, useful_workers
+from glassgpt.workers import Workers, share_weights
 
 ROWS, T = 6, 11
 Gradients = dict[str, torch.Tensor]

@@ -18,10 +18,9 @@ import numpy as np
 import torch
 
 from glassgpt.config import ModelConfig
+from glassgpt.costs import FUSED_LOGITS
 from glassgpt.engine.compiled import load_kernels
 from glassgpt.model import GPT
-
-_LOGITS = 1 << 22  # numbers at a time: large vocabularies never fill the memory
 
 
 def can_fuse(config: ModelConfig) -> bool:
@@ -112,7 +111,9 @@ class _Rooms:
         self.by_head, self.dq, self.dk, self.dv = (_Room.of(low, B * H, T, D) for _ in range(4))
         self.dy, self.dqkv = _Room.of(low, N, H * D), _Room.of(low, N, 3 * H * D)
         self.dhidden, self.dgate_up = _Room.of(low, N, F), _Room.of(low, N, 2 * F)
-        self.logits = _Room.of(low, max(1, min(N, _LOGITS // config.vocab_size)), config.vocab_size)
+        self.logits = _Room.of(
+            low, max(1, min(N, FUSED_LOGITS // config.vocab_size)), config.vocab_size
+        )
 
 
 class FusedStep:
