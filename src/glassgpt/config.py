@@ -312,6 +312,9 @@ class TrainConfig:
         Literal["auto", "float32", "bfloat16", "float16"],
         "precision of the products [bfloat16 or float16 on a GPU, float32 on a CPU]",
     ] = "auto"
+    recompute: Annotated[
+        bool, "keep only the inputs of blocks: little memory, a third more work [when it is short]"
+    ] = False
     compile: Annotated[Literal["auto", "on", "off"], "torch.compile [on a GPU]"] = "auto"
     threads: Annotated[int | None, "CPU threads [all cores]"] = None
     tensorboard: Annotated[bool, "log to OUT/tensorboard as well"] = False

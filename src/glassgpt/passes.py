@@ -17,7 +17,6 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from glassgpt import runtime
 from glassgpt.config import TrainConfig
@@ -26,6 +25,7 @@ from glassgpt.data.batches import IGNORE
 from glassgpt.engine.compiled import first_call
 from glassgpt.errors import UserError
 from glassgpt.fused.step import FusedStep, Weights, can_fuse, multiplies_bfloat16
+from glassgpt.loss import NextTokenLoss
 from glassgpt.model import GPT
 from glassgpt.runlog import Progress
 from glassgpt.workers import Workers, share_weights
@@ -37,6 +37,7 @@ class Step(Protocol):
     """Adds the gradients of some rows to those of `model`."""
 
     seconds: np.ndarray  # spent so far: forward, backward
+    plain: Any  # model and loss as they are, for evaluations
 
     @property
     def model(self) -> GPT: ...
@@ -49,35 +50,31 @@ class Step(Protocol):
 
 
 class AutogradStep:
-    """model.py as it is, or what wraps it (compiled, DDP)."""
+    """model.py and its loss as they are, or what wraps them (compiled, DDP)."""
 
-    def __init__(self, model: GPT, machine: runtime.Machine, scaler: Any) -> None:
-        self.model, self.called, self.machine, self.scaler = model, model, machine, scaler
+    def __init__(self, model: GPT, machine: runtime.Machine, scaler: Any, **how: Any) -> None:
+        self.model, self.machine, self.scaler = model, machine, scaler
+        self.plain: Any = NextTokenLoss(model, **how)
+        self.called: Any = self.plain
         self.seconds = np.zeros(2)
 
     def __call__(
         self, tokens: np.ndarray, targets: np.ndarray, scale: float, key: int
     ) -> torch.Tensor | float:
         started = time.perf_counter()
-        loss = self.loss(tokens, targets)
+        loss = summed_loss(self.called, tokens, targets, self.machine)
         forward = time.perf_counter()
         self.scaler.scale(loss * scale).backward()
         self.seconds += (forward - started, time.perf_counter() - forward)
         return loss.detach()
 
-    def loss(self, tokens: np.ndarray, targets: np.ndarray) -> torch.Tensor:
-        """Cross-entropy, summed over the targets that count, in nats."""
-        return summed_loss(self.called, tokens, targets, self.machine)
-
 
 def summed_loss(
-    model: Any, tokens: np.ndarray, targets: np.ndarray, machine: runtime.Machine
+    loss: Any, tokens: np.ndarray, targets: np.ndarray, machine: runtime.Machine
 ) -> torch.Tensor:
+    """Cross-entropy, summed over the targets that count, in nats."""
     with machine.autocast():
-        logits = model(runtime.to_device(tokens, machine.device))  # (B, T, V)
-    flat = runtime.to_device(targets, machine.device).flatten()
-    return F.cross_entropy(logits.flatten(0, 1).float(), flat, ignore_index=IGNORE,
-                           reduction="sum")  # fmt: skip
+        return loss(*(runtime.to_device(ids, machine.device) for ids in (tokens, targets)))
 
 
 class Passes:
@@ -99,6 +96,7 @@ class Passes:
         )
         self.micro_batch_size = min(config.micro_batch_size or rows, rows)
         self.fits_in_memory: int | None = None  # sequences, once more of them did not
+        self.recompute = config.recompute
         self.compiled = False
         self.may_compile = config.compile == "on" or (
             config.compile == "auto" and machine.device.type == "cuda"
@@ -146,11 +144,11 @@ class Passes:
 
         @torch.no_grad()  # here, since each thread has a switch of its own
         def work(step: Any, tokens: np.ndarray, targets: np.ndarray, first: int) -> float:
-            model = step.model.eval()
+            step.model.eval()
             # Ranks may have unequal shares; the last, smaller batch is not worth compiling for.
-            if self.compiled and len(tokens) == self.micro_batch_size and self.machine.world == 1:
-                model = step.called
-            return summed_loss(model, tokens, targets, self.machine).item()
+            whole = self.compiled and len(tokens) == self.micro_batch_size
+            loss = step.called if whole and self.machine.world == 1 else step.plain
+            return summed_loss(loss, tokens, targets, self.machine).item()
 
         return sum(self._share(work, tokens, targets, 0))
 
@@ -199,15 +197,16 @@ class Passes:
                 self.weights = None
                 # As in _make_steps: with dropout, threads would draw in any order.
                 steps = self.steps[:1] if self.model.config.dropout else self.steps
-                self.steps = [AutogradStep(s.model, self.machine, self.scaler) for s in steps]
+                self.steps = [self._autograd(s.model) for s in steps]
         elif self.may_compile:
             step: Any = self.steps[0]
             plain = step.called
             try:
                 self.progress.status("compiling the model (once; a minute or so)")
+                step.plain.ready_to_compile()
                 step.called = torch.compile(step.called, dynamic=False)
                 rows = slice(self.micro_batch_size)
-                step.loss(tokens[rows], targets[rows]).backward()
+                step(tokens[rows], targets[rows], 0.0, 0)
                 self.compiled = True
             except Exception as error:
                 step.called = plain
@@ -225,9 +224,9 @@ class Passes:
         if machine.world > 1:
             with warnings.catch_warnings():  # newer torch has another name for the same wish
                 warnings.simplefilter("ignore", FutureWarning)
-                step = AutogradStep(model, machine, self.scaler)
+                step = self._autograd(model)
                 step.called = torch.nn.parallel.DistributedDataParallel(  # type: ignore
-                    model, broadcast_buffers=False
+                    step.plain, broadcast_buffers=False
                 )
             return [step]
         n = useful_workers(torch.get_num_threads(), self.micro_batch_size, n_parameters)
@@ -239,8 +238,11 @@ class Passes:
             if not model.config.dropout:
                 self.workers = Workers(n)
                 models = [model, *(share_weights(model) for _ in range(n - 1))]
-                return [AutogradStep(each, machine, self.scaler) for each in models]
-        return [AutogradStep(model, machine, self.scaler)]
+                return [self._autograd(each) for each in models]
+        return [self._autograd(model)]
+
+    def _autograd(self, model: GPT) -> AutogradStep:
+        return AutogradStep(model, self.machine, self.scaler, recompute=self.recompute)
 
     def _fused_steps(self, n: int) -> Sequence[Step]:
         low = self.machine.dtype == torch.bfloat16 or (
@@ -249,7 +251,10 @@ class Passes:
         self.weights = Weights(self.model, torch.bfloat16 if low else torch.float32)
         self.workers = Workers(n)
         models = [self.model, *(share_weights(self.model) for _ in range(n - 1))]
-        return [FusedStep(each, self.weights) for each in models]
+        steps = [FusedStep(each, self.weights) for each in models]
+        for step in steps:
+            step.plain = NextTokenLoss(step.model)
+        return steps
 
     def _without_compiler(self, what: str, error: Exception) -> None:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
@@ -297,15 +302,29 @@ class Passes:
             except (RuntimeError, MemoryError) as error:
                 if not runtime.is_out_of_memory(error):
                     raise
-                if self.micro_batch_size == 1 or self.machine.world > 1:
+                one_row = self.micro_batch_size == 1
+                if self.machine.world > 1 or (one_row and (self.recompute or self.weights)):
+                    more = "" if self.recompute or self.weights else ", --recompute"
                     raise UserError(
                         f"out of memory with micro_batch_size={self.micro_batch_size}; use a "
-                        "smaller --micro-batch-size, --context-length or model"
+                        f"smaller --micro-batch-size, --context-length or model{more}"
                     ) from None
             self._forget()
             gc.collect()  # an error of a thread holds itself, and with it all that its step had
             if self.machine.device.type == "cuda":
                 torch.cuda.empty_cache()
+            if one_row:
+                self._recompute_from_now_on()
+                continue
             self.micro_batch_size = self.fits_in_memory = (self.micro_batch_size + 1) // 2
             self.progress.say(f"out of memory: going on with micro_batch_size="
                               f"{self.micro_batch_size}, same tokens per step")  # fmt: skip
+
+    def _recompute_from_now_on(self) -> None:
+        """The last resort: of every block, keep its input alone."""
+        self.recompute = True
+        self.progress.say("out of memory: going on with recomputed activations, a third slower")
+        for step in self.steps:
+            assert isinstance(step, AutogradStep)
+            step.called = step.plain = NextTokenLoss(step.model, recompute=True)
+        self.compiled = False

@@ -129,6 +129,7 @@ class FusedStep:
             np.ascontiguousarray(table[:, :half].numpy()) for table in (model.cos, model.sin)
         )
         self.scale = np.float32(1 / math.sqrt(model.config.head_dim))
+        self.plain: Any = None  # the model with autograd's loss; whoever evaluates sets it
         self.rooms: _Rooms | None = None
         self.seconds = np.zeros(2)  # forward, backward (with the head and its loss)
 
