@@ -110,13 +110,13 @@ def test_sampling_options(run, capsys):
 
 def test_a_preset_a_file_and_the_command_line(tmp_path, book, capsys):
     (tmp_path / "run.toml").write_text("n-layer = 1\nn_embd = 12\nn_head = 3\nmax_steps = 4\n")
-    main(["train", str(book), "--preset", "demo", "--config", str(tmp_path / "run.toml"),
+    main(["train", str(book), "--preset", "bigram", "--config", str(tmp_path / "run.toml"),
           "--n-head", "2", "--context-length", "8", "--batch-tokens", "32",
           "--out", str(tmp_path / "run")])  # fmt: skip
     about = json.loads((tmp_path / "run/glassgpt.json").read_text())
     assert about["model"]["n_head"] == 2  # command line
     assert about["model"]["n_layer"] == 1  # file
-    assert about["train"]["warmup_steps"] == 50  # preset
+    assert about["train"]["warmup_steps"] == 20  # preset
     assert about["train"]["beta1"] == 0.9  # default
     assert about["step"] <= 4
 

@@ -57,11 +57,11 @@ def random_config(seed: int) -> ModelConfig:
 
 
 def test_precedence_is_defaults_preset_file_given(tmp_path: Path) -> None:
-    preset = tomllib.loads((PRESETS / "demo.toml").read_text())
+    preset = tomllib.loads((PRESETS / "textbook-bpe.toml").read_text())
     file = tmp_path / "run.toml"
     file.write_text("max-steps = 11\nn_layer = 7\n")
-    options = resolve_options({"n_layer": 9}, preset="demo", config=file)
-    assert options == preset | {"max_steps": 11, "n_layer": 9}
+    options = resolve_options({"n_layer": 9}, preset="textbook-bpe", config=file)
+    assert options == preset | {"max_steps": 11, "n_layer": 9, "data": (preset["data"],)}
     assert preset["n_layer"] != 9
     assert preset["max_steps"] != 11
     model, data, train = split_options(options)

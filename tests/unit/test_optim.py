@@ -175,10 +175,20 @@ def test_singular_values_become_about_one(rows: int, columns: int, dtype: torch.
     found = orthogonalize(many, dtype)
     assert (found.shape, found.dtype) == (many.shape, dtype)
     spectrum = torch.linalg.svdvals(found.float())
-    assert 0.6 < spectrum.min() <= spectrum.max() < 1.3
+    assert 0.4 < spectrum.min() <= spectrum.max() < 1.65
     u, _, v = torch.linalg.svd(many, full_matrices=False)  # the nearest orthogonal one is u v
     nearness = (found.float() * (u @ v)).sum(dim=(1, 2)) / min(rows, columns)
-    assert nearness.min() > 0.6
+    assert nearness.min() > 0.5
+
+
+@pytest.mark.parametrize("rank", [1, 2, 5])
+def test_low_rank_does_not_blow_up_in_bfloat16(rank: int) -> None:
+    """All of a matrix in a few directions: nothing may be rounded to where the next step fails."""
+    generator = torch.Generator().manual_seed(rank)
+    for rows, columns in ((14, 14), (100, 7), (64, 200)):
+        left, right = (torch.randn(60, n, rank, generator=generator) for n in (rows, columns))
+        found = orthogonalize(left @ right.mT, torch.bfloat16)
+        assert torch.linalg.svdvals(found.float()).max() < 1.65
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(7, 4), (4, 7)])
@@ -203,7 +213,7 @@ def test_the_update_is_as_large_as_a_tall_matrix_needs(rows: int, columns: int) 
     parameter.grad = matrices(1, rows, columns)[0]
     muon([parameter], [(rows,)], lr=0.3).step()
     spectrum = torch.linalg.svdvals(parameter.detach()) / (0.3 * max(1, rows / columns) ** 0.5)
-    assert 0.6 < spectrum.min() <= spectrum.max() < 1.3
+    assert 0.4 < spectrum.min() <= spectrum.max() < 1.65
     assert (parameter.detach() * parameter.grad).sum() < 0  # downhill
 
 
