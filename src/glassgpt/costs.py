@@ -25,8 +25,8 @@ FUSED_LOGITS = 1 << 22  # numbers at a time: large vocabularies never fill the m
 EVAL_LOGITS = 1 << 24  # numbers per evaluation batch: large batches are fast, but must fit
 
 _MiB = 1 << 20
-# Measured with torch 2.13: what it imports for its optimizers; Numba with the compiled kernels.
-_OPTIMIZER_CODE, _KERNEL_CODE = 144 * _MiB, 80 * _MiB
+# Measured with torch 2.13: what it loads when it is used; Numba with the compiled kernels.
+_OPTIMIZER_CODE, _KERNEL_CODE = 96 * _MiB, 80 * _MiB
 _TOKENIZER = 400  # bytes for each token, by which name it goes
 _GPU_CONTEXT = 600 * _MiB  # CUDA's, cuBLAS's workspace
 # glibc keeps smaller blocks for later when they are freed, with gaps between them (measured);
