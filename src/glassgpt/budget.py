@@ -131,16 +131,21 @@ def choose(
     fixed: dict[str, Any],
     measured: dict[ModelConfig, float],
     measure: Callable[[ModelConfig, dict[str, Any]], float] | None = None,
+    fits: Callable[[ModelConfig, dict[str, Any]], bool] = lambda model, train: True,
 ) -> Choice:
     """The best of the ladder for `seconds` of training, with the options in `fixed` as they are.
 
     `measured` holds seconds per token of shapes; those of others are guessed from them. `measure`
-    is asked for the shape that looks best, until the best one is a measured one.
+    is asked for the shape that looks best, until the best one is a measured one; `fits` says which
+    have room in memory.
     """
     shapes = [model for model in candidates(text.vocab_size, fixed)
               if model.context_length < text.tokens]  # fmt: skip
     if not shapes:
         raise UserError(f"{text.tokens} tokens are too few to train on")
+    shapes = [model for model in shapes if fits(model, training_options(model, 1, text))]
+    if not shapes:
+        raise UserError("not even the smallest model of the plan fits in so little memory")
     while True:
         best = min(
             (_choice(model, _seconds(model, measured), seconds, text) for model in shapes),

@@ -278,6 +278,9 @@ class TrainConfig:
         str | None,
         "time for everything: 30s, 5m, 1h30m; what you leave open is chosen",
     ] = None
+    memory: Annotated[
+        str | None, "most memory for a model chosen by budget: 800MB, 8GB [all there is]"
+    ] = None
     max_steps: Annotated[int, "optimizer updates"] = 2000
     batch_tokens: Annotated[int, "tokens per step, over all devices"] = 4096
     micro_batch_size: Annotated[
@@ -324,6 +327,8 @@ class TrainConfig:
         _check_types(self)
         if self.budget is not None:
             seconds_of(self.budget)
+        if self.memory is not None:
+            bytes_of(self.memory)
         for name in ("max_steps", "batch_tokens", "eval_interval", "log_interval"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1")
@@ -410,6 +415,14 @@ def seconds_of(duration: str) -> float:
     if "".join(number + unit for number, unit in parts) != duration.strip().lower() or not seconds:
         raise UserError(f"{duration!r} is no duration; write 30s, 5m or 1h30m")
     return seconds
+
+
+def bytes_of(size: str) -> int:
+    """800MB, 8GB, 1.5GB -> bytes, of 10^6 and 10^9. Raises `UserError`."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([mgt])b?", size.strip().lower())
+    if found is None or not float(found[1]):
+        raise UserError(f"{size!r} is no amount of memory; write 800MB or 8GB")
+    return int(float(found[1]) * {"m": 1e6, "g": 1e9, "t": 1e12}[found[2]])
 
 
 def _check_seed(seed: int) -> None:

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from glassgpt import budget, runtime
-from glassgpt.config import ModelConfig, TrainConfig, seconds_of
+from glassgpt.config import ModelConfig, TrainConfig, bytes_of, seconds_of
 from glassgpt.costs import (
     Card,
     Memory,
@@ -263,18 +263,30 @@ def plan_budget(
     text = _look_into(data.train, data.tokenizer.vocab_size)
     measured: dict[ModelConfig, float] = {}
 
+    def complete(model: ModelConfig, train: dict[str, Any]) -> tuple[ModelConfig, TrainConfig]:
+        wanted = {**train, **given}
+        own = {name: wanted[name] for name in names_of(TrainConfig) & set(wanted)}
+        return dataclasses.replace(model, dropout=wanted["dropout"]), TrainConfig(**own)
+
     def measure(model: ModelConfig, train: dict[str, Any]) -> float:
         progress.status(f"measuring {model.n_layer} layers, {model.n_embd} wide")
-        own = {name: given[name] for name in names_of(TrainConfig) & set(given)}
-        model = dataclasses.replace(model, dropout=given.get("dropout", train["dropout"]))
-        config = TrainConfig(**{k: v for k, v in train.items() if k != "dropout"} | own)
+        model, config = complete(model, train)
         took = calibrate(model, config, alone, progress, budget=_CALIBRATION_SHARE * total)
         tokens = rows_per_process(model, config) * model.context_length
         return took / tokens / machine.world
 
+    room = room_here(machine)
+    if given.get("memory"):
+        room = min(room or 1 << 60, bytes_of(given["memory"]) - peak_memory())
+
+    def fits(model: ModelConfig, train: dict[str, Any]) -> bool:
+        need = memory(*complete(model, train), **where_we_are(machine))
+        return room is None or need.total <= room
+
     def choice(whole: float, measure: Any = None) -> budget.Choice:
         left = whole - (time.monotonic() - began) - _ROUND_ABOUT
-        return budget.choose(text, seconds=left, fixed=fixed, measured=measured, measure=measure)
+        return budget.choose(text, seconds=left, fixed=fixed, measured=measured, measure=measure,
+                             fits=fits)  # fmt: skip
 
     if time.monotonic() - began + _ROUND_ABOUT > 0.75 * total:
         raise UserError(f"budget={given['budget']} is too short: to begin and to end takes "
@@ -291,7 +303,18 @@ def plan_budget(
         loss=budget.expected_loss(chosen.model, tokens, text),
         loss_of_twice=twice.loss,
     )
+    progress.say(f"plan: {describe_budget(chosen.model, expected)}")
     return _shape_of(chosen.model) | chosen.train | given, expected
+
+
+def describe_budget(model: ModelConfig, expected: Expectation) -> str:
+    """What a budget will go into, in a line."""
+    return (
+        f"{model.n_layer} layers, {model.n_embd} wide, context {model.context_length} "
+        f"({_count(model.n_parameters)} parameters); about {_count(expected.tokens)} tokens, "
+        f"{expected.epochs:.1f} times through the text, at {expected.tokens_per_second:,.0f} a "
+        f"second; expected loss {expected.loss:.2f} (in twice the time {expected.loss_of_twice:.2f})"
+    )
 
 
 def _shape_of(model: ModelConfig) -> dict[str, Any]:

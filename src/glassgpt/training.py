@@ -33,6 +33,7 @@ from glassgpt.model import crop_positions, load_weights
 from glassgpt.options import names_of, resolve_options, split_options
 from glassgpt.planner import plan_budget
 from glassgpt.pretrained import load_pretrained, tokenizer_file
+from glassgpt.report import Expectation
 from glassgpt.runlog import ByteProgress, Progress, program, require_loggers
 from glassgpt.system import cache_dir, exclusive
 from glassgpt.trainer import Trainer, TrainResult
@@ -117,6 +118,31 @@ def train(
         result = trainer.fit()
         machine.barrier()  # who leaves early takes the others' connections down
         return result
+
+
+@explain_os_errors("go on")
+def plan(
+    data: str | Path | Sequence[str | Path] | None = None,
+    *,
+    preset: str | None = None,
+    config: str | Path | None = None,
+    progress: Progress | None = None,
+    **options: Any,
+) -> tuple[ModelConfig, dict[str, Any], Expectation]:
+    """What `train` with a budget would do: the model, all its options, and what to expect.
+
+    Prepares the text, as training does, and measures a few steps; trains nothing.
+    """
+    began, progress = time.monotonic(), progress or Progress()
+    given = resolve_options(options, preset=preset, config=config)
+    asked = set(resolve_options(options, config=config))
+    given["data"] = tuple(_names(data) or given.get("data") or ())
+    if not given["data"]:
+        raise UserError("nothing to plan for; name a text file, a folder or a corpus")
+    machine = runtime.start(split_options(given)[2])
+    dataset = _open_data(given, asked, machine, progress)
+    given, expected = plan_budget(given, dataset, machine, began=began, progress=progress)
+    return _model_config(given, dataset, None, None), given, expected
 
 
 def _hold_and_load(run: str | Path, held: contextlib.ExitStack) -> tuple:

@@ -10,65 +10,24 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from cyclopts import Group, Parameter
+from cyclopts import Parameter
 
+from glassgpt.arguments import LIST, PrepareOptions, SampleOptions, TrainOptions
 from glassgpt.config import (
     DataConfig,
     EngineName,
     Format,
-    ModelConfig,
     Precision,
     Sampling,
-    TrainConfig,
     WeightPrecision,
 )
-from glassgpt.options import names_of, option_types, preset_names
+from glassgpt.options import preset_names
 
 if TYPE_CHECKING:
     from glassgpt.runlog import Progress
     from glassgpt.trainer import TrainResult
-
-
-_LIST = Parameter(consume_multiple=True, negative_iterable=())  # --weights float32 int8
-_FREE_TEXT = ("sample_prompt", "stop")  # may begin with a hyphen
-
-
-def _options(name: str, hints: dict[str, Any], groups: dict[str, Group] | None = None) -> Any:
-    """A TypedDict of cyclopts parameters: it will hold the options that were really given."""
-    fields = {}
-    for key, hint in hints.items():
-        group = {"group": groups[key]} if groups and key in groups else {}
-        about = Parameter(help=hint.__metadata__[0], negative_iterable=(),
-                          allow_leading_hyphen=key in _FREE_TEXT, **group)  # fmt: skip
-        fields[key] = Annotated[hint.__origin__, about]
-    return TypedDict(name, fields, total=False)  # type: ignore[operator]
-
-
-def _hints(cls: type) -> dict[str, Any]:
-    """Field -> annotation, with the default value added to the help text."""
-    hints = get_type_hints(cls, include_extras=True)
-    for name, field in cls.__dataclass_fields__.items():  # type: ignore[attr-defined]
-        default = field.default
-        if default in (None, ()) or not isinstance(default, (int, float, str)):
-            continue
-        shown = ("on" if default else "off") if isinstance(default, bool) else default
-        text = f"{hints[name].__metadata__[0]} [{shown}]"
-        hints[name] = Annotated[hints[name].__origin__, text]
-    return {name: hints[name] for name in cls.__dataclass_fields__}  # type: ignore[attr-defined]
-
-
-_MODEL = Group("Model", sort_key=1)
-_DATA = Group("Data", sort_key=2)
-_groups = dict.fromkeys([*names_of(ModelConfig), "shape"], _MODEL)
-_groups |= dict.fromkeys(names_of(DataConfig), _DATA)
-_train_hints = option_types() | _hints(TrainConfig) | _hints(DataConfig)
-del _train_hints["data"]
-
-TrainOptions = _options("TrainOptions", _train_hints, _groups)
-PrepareOptions = _options("PrepareOptions", _hints(DataConfig))
-SampleOptions = _options("SampleOptions", _hints(Sampling))
 
 
 # -- verbs ---------------------------------------------------------------------------------------
@@ -230,10 +189,15 @@ def plan(
 ) -> None:
     """Say what a training would take: memory, time and money, here or on the GPUs you name.
 
-    Takes the options of `train` and trains nothing. Without --gpu a few real steps are measured
+    Takes the options of `train` and trains nothing. With --budget it says what would be trained in
+    that time (and --memory), and what loss to expect. Without --gpu a few real steps are measured
     on this machine; with it, time follows from the card's data sheet and the share --mfu of it.
 
     Examples:
+
+    glassgpt plan book.txt --budget 5m
+
+    glassgpt plan book.txt --budget 1h --memory 2GB
 
     glassgpt plan book.txt --n-layer 6 --n-embd 384
 
@@ -253,8 +217,27 @@ def plan(
     from glassgpt.planner import make_plan, table
     from glassgpt.runlog import Terminal
 
+    if options.get("budget"):
+        _print_budget(data, preset, config, gpu or gpus or mfu, options)
+        return
     print(table(make_plan(data, preset=preset, config=config, gpu=gpu, gpus=gpus, mfu=mfu,
                           price=price, progress=Terminal(), **options)))  # fmt: skip
+
+
+def _print_budget(data: Any, preset: Any, config: Any, elsewhere: Any, options: Any) -> None:
+    from glassgpt.errors import UserError
+    from glassgpt.runlog import Terminal
+    from glassgpt.training import plan
+
+    if elsewhere:
+        raise UserError("a budget is planned by measuring: on this machine, without --gpu")
+    terminal = Terminal()
+    try:
+        _, given, _ = plan(data, preset=preset, config=config, progress=terminal, **options)
+    finally:
+        terminal.close()
+    for name in sorted(set(given) - {"data"}):
+        print(f"{name:<22}{given[name]}")
 
 
 def sample(
@@ -322,7 +305,7 @@ def eval(
     text: Annotated[str, Parameter(allow_leading_hyphen=True)],
     /,
     *,
-    weights: Annotated[list[WeightPrecision | Literal["all"]], _LIST] = ["float32"],  # noqa: B006
+    weights: Annotated[list[WeightPrecision | Literal["all"]], LIST] = ["float32"],  # noqa: B006
     max_tokens: int | None = None,
     engine: EngineName = "auto",
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
@@ -429,9 +412,9 @@ def bench(
     run: str | None = None,
     /,
     *,
-    engine: Annotated[list[EngineName] | None, _LIST] = None,
-    weights: Annotated[list[WeightPrecision] | None, _LIST] = None,
-    prompt_tokens: Annotated[list[int], _LIST] = [32, 512],  # noqa: B006
+    engine: Annotated[list[EngineName] | None, LIST] = None,
+    weights: Annotated[list[WeightPrecision] | None, LIST] = None,
+    prompt_tokens: Annotated[list[int], LIST] = [32, 512],  # noqa: B006
     new_tokens: int = 128,
     preset: str | None = None,
     seconds: float = 5.0,

@@ -1,0 +1,55 @@
+"""Options as the command line sees them: the fields of the dataclasses, with help and defaults.
+
+    def sample(run: str, /, *, options: Annotated[SampleOptions, Parameter(name="*")] = {}): ...
+
+What an option means and which values it takes stands in config.py; this room dresses it for the
+library that parses arguments.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, TypedDict, get_type_hints
+
+from cyclopts import Group, Parameter
+
+from glassgpt.config import DataConfig, ModelConfig, Sampling, TrainConfig
+from glassgpt.options import names_of, option_types
+
+LIST = Parameter(consume_multiple=True, negative_iterable=())  # --weights float32 int8
+_FREE_TEXT = ("sample_prompt", "stop")  # may begin with a hyphen
+
+
+def _options(name: str, hints: dict[str, Any], groups: dict[str, Group] | None = None) -> Any:
+    """A TypedDict of cyclopts parameters: it will hold the options that were really given."""
+    fields = {}
+    for key, hint in hints.items():
+        group = {"group": groups[key]} if groups and key in groups else {}
+        about = Parameter(help=hint.__metadata__[0], negative_iterable=(),
+                          allow_leading_hyphen=key in _FREE_TEXT, **group)  # fmt: skip
+        fields[key] = Annotated[hint.__origin__, about]
+    return TypedDict(name, fields, total=False)  # type: ignore[operator]
+
+
+def _hints(cls: type) -> dict[str, Any]:
+    """Field -> annotation, with the default value added to the help text."""
+    hints = get_type_hints(cls, include_extras=True)
+    for name, field in cls.__dataclass_fields__.items():  # type: ignore[attr-defined]
+        default = field.default
+        if default in (None, ()) or not isinstance(default, (int, float, str)):
+            continue
+        shown = ("on" if default else "off") if isinstance(default, bool) else default
+        text = f"{hints[name].__metadata__[0]} [{shown}]"
+        hints[name] = Annotated[hints[name].__origin__, text]
+    return {name: hints[name] for name in cls.__dataclass_fields__}  # type: ignore[attr-defined]
+
+
+_MODEL = Group("Model", sort_key=1)
+_DATA = Group("Data", sort_key=2)
+_groups = dict.fromkeys([*names_of(ModelConfig), "shape"], _MODEL)
+_groups |= dict.fromkeys(names_of(DataConfig), _DATA)
+_train_hints = option_types() | _hints(TrainConfig) | _hints(DataConfig)
+del _train_hints["data"]
+
+TrainOptions = _options("TrainOptions", _train_hints, _groups)
+PrepareOptions = _options("PrepareOptions", _hints(DataConfig))
+SampleOptions = _options("SampleOptions", _hints(Sampling))
