@@ -313,7 +313,7 @@ def describe_budget(model: ModelConfig, expected: Expectation) -> str:
         f"{model.n_layer} layers, {model.n_embd} wide, context {model.context_length} "
         f"({_count(model.n_parameters)} parameters); about {_count(expected.tokens)} tokens, "
         f"{expected.epochs:.1f} times through the text, at {expected.tokens_per_second:,.0f} a "
-        f"second; expected loss {expected.loss:.2f} (in twice the time {expected.loss_of_twice:.2f})"
+        f"second; expected loss {expected.loss:.2f} (twice the time: {expected.loss_of_twice:.2f})"
     )
 
 
