@@ -94,10 +94,9 @@ def candidates(vocab_size: int, fixed: dict[str, Any]) -> list[ModelConfig]:
     shapes: dict[ModelConfig, None] = {}
     refused: UserError | None = None
     for n_layer, n_embd, context_length in LADDER:
-        width = fixed.get("n_embd", n_embd)
-        head = 32 if width <= _WIDEST_SMALL_HEADS else 64
         wished: dict[str, Any] = dict(n_layer=n_layer, context_length=context_length)
-        wished |= dict(n_embd=width, n_head=max(1, width // head)) | fixed
+        wished |= dict(n_embd=n_embd) | fixed
+        wished.setdefault("n_head", _heads(wished["n_embd"]))
         try:
             config = ModelConfig.from_shape(vocab_size=vocab_size, **wished)
         except UserError as error:
@@ -107,6 +106,13 @@ def candidates(vocab_size: int, fixed: dict[str, Any]) -> list[ModelConfig]:
     if refused is not None and not shapes:
         raise refused
     return list(shapes)
+
+
+def _heads(width: int) -> int:
+    """As many heads as make each 32 wide, or 64 in wide models, or somewhat more."""
+    most = width // (32 if width <= _WIDEST_SMALL_HEADS else 64)
+    evenly = (n for n in range(most, 0, -1) if width % n == 0 and width // n % 2 == 0)
+    return next(evenly, 1)
 
 
 def training_options(model: ModelConfig, tokens: float, text: Text) -> dict[str, Any]:

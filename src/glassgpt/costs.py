@@ -22,6 +22,7 @@ from glassgpt.errors import UserError, nearest
 # model is large enough for torch's own way of using several cores to be the better one.
 _MOST_GRADIENTS = 250_000_000
 FUSED_LOGITS = 1 << 22  # numbers at a time: large vocabularies never fill the memory
+CHUNK_LOGITS = 1 << 26  # of autograd's loss; in float32 256 MB, and up to three such tensors
 EVAL_LOGITS = 1 << 24  # numbers per evaluation batch: large batches are fast, but must fit
 
 _MiB = 1 << 20
@@ -103,6 +104,7 @@ class Way(NamedTuple):
     rows: int  # of one process in a step
     at_once: int  # rows whose activations are held together
     width: Literal[2, 4]  # bytes of the numbers that matrix products read
+    recompute: bool = False  # of a block only its input is kept
 
 
 def useful_workers(threads: int, rows: int, n_parameters: int) -> int:
@@ -129,7 +131,8 @@ def way(
     (on a GPU: 16-bit products are the default)."""
     rows = rows_per_process(model, train, world)
     at_once = min(train.micro_batch_size or rows, rows)
-    autograd = Way(False, 1, rows, at_once, 4 if train.dtype in ("auto", "float32") else 2)
+    wide = train.dtype in ("auto", "float32")
+    autograd = Way(False, 1, rows, at_once, 4 if wide else 2, train.recompute)
     if device != "cpu":
         return autograd._replace(width=2 if bfloat16 and train.dtype != "float32" else 4)
     if world > 1 or train.compile == "on":
@@ -317,12 +320,17 @@ def _autograd_step(model: ModelConfig, how: Way, gradients: _Blocks, on_gpu: boo
     C, F, V = model.n_embd, model.n_hidden, model.vocab_size
     tokens = math.ceil(how.at_once / how.workers) * model.context_length
     per_block = [tokens * size for size in _saved(model, how.width, on_gpu)]
+    if how.recompute:  # of a block its input, and one block's all while it is done again
+        per_block = [4 * tokens * C] + [size / model.n_layer for size in per_block]
     stream = [4 * tokens * C] * (3 if model.norm == "rmsnorm" else 2)
+    rows = _rows_of_logits(tokens, V)
     # What the way back needs at first: two gradients of the logits, or those of a block.
-    turn = _Blocks([4 * tokens * V] * 2) | _Blocks([4 * tokens * C, how.width * tokens * F] * 2)
+    turn = _Blocks([4 * rows * V] * 2) | _Blocks([4 * tokens * C, how.width * tokens * F] * 2)
+    if rows < tokens:  # then gradients of the head are made in the forward pass
+        turn = turn + _Blocks([4 * V * C, 4 * tokens * C])
     if model.dropout and not on_gpu:
         turn |= _Blocks([4 * tokens * model.n_head * model.context_length] * 3)
-    kept = _Blocks(per_block, model.n_layer) + _Blocks([*stream, 4 * tokens * V]) + turn
+    kept = _Blocks(per_block, model.n_layer) + _Blocks([*stream, 4 * rows * V]) + turn
     start = _Blocks()
     for _ in range(how.workers):
         start += kept
@@ -330,6 +338,14 @@ def _autograd_step(model: ModelConfig, how: Way, gradients: _Blocks, on_gpu: boo
     table = _Blocks([4 * V * C], how.workers)
     start, end = start + table, gradients + table + table
     return (start + gradients if how.rows > how.at_once else start) | end
+
+
+def _rows_of_logits(tokens: int, V: int) -> int:
+    """How many tokens' logits exist at a time, as in loss.py."""
+    rows = tokens
+    while rows > 1 and rows * V > CHUNK_LOGITS:
+        rows = math.ceil(rows / 2)
+    return rows
 
 
 def _saved(model: ModelConfig, width: int, on_gpu: bool) -> list[int]:

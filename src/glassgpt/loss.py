@@ -21,9 +21,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from glassgpt.costs import CHUNK_LOGITS
 from glassgpt.model import GPT, Block
-
-CHUNK_LOGITS = 1 << 26  # numbers; in float32 256 MB, and up to three such tensors at a time
 
 
 class NextTokenLoss(nn.Module):
