@@ -208,7 +208,7 @@ def test_the_largest_micro_batch_fits_and_one_more_does_not():
             return memory(model, asked, device="cuda", world=8).total
 
         assert total(most) <= room
-        assert most == rows_per_process(model, train, 8) or room < total(most + 1)
+        assert most == costs.rows_per_process(model, train, 8) or room < total(most + 1)
     assert largest_micro_batch(model, train, 10**9, device="cuda") is None
 
 
