@@ -24,6 +24,7 @@ import torch
 from glassgpt import runtime
 from glassgpt.config import ModelConfig, TrainConfig
 from glassgpt.data.batches import TokenFiles
+from glassgpt.data.glance import look_at
 from glassgpt.errors import UserError
 from glassgpt.model import GPT
 from glassgpt.optim import Optimizer, make_optimizers
@@ -33,7 +34,6 @@ from glassgpt.pretrained import load_pretrained
 from glassgpt.runlog import Progress, aligned
 
 _TEXT = 1 << 20  # tokens
-_VOCABULARY = 65  # tiny Shakespeare's, where no model says otherwise
 _SIDE = 2048  # of the matrices whose product shows the peak
 
 
@@ -67,10 +67,12 @@ def bench_train(
     """The table for the model `run`, or for the one that the options of training make."""
     if not seconds > 0:
         raise UserError(f"seconds={seconds} must be greater than 0")
-    shape, _, train = split_options(resolve_options(options, preset=preset))
+    shape, data, train = split_options(resolve_options(options, preset=preset))
     machine = runtime.start(train)
     if run is None:
-        model = ModelConfig.from_shape(shape.pop("shape"), vocab_size=_VOCABULARY, **shape)
+        model = ModelConfig.from_shape(
+            shape.pop("shape"), vocab_size=look_at((), data).vocab_size, **shape
+        )
     else:
         model = load_pretrained(run).config
     progress.status("measuring training steps")

@@ -121,10 +121,12 @@ def training_options(model: ModelConfig, tokens: float, text: Text) -> dict[str,
     Dropout keeps a text that is seen often from being learned by heart; seen twice, it only slows
     the learning down (docs/LOG.md).
     """
+    # Muon's products cost as much at every step: wide models need more tokens to be worth one.
+    batch = 2048 if model.n_embd < 192 else 4096
     epochs = tokens / text.tokens
     dropout = next(share for most, share in _DROPOUT if epochs <= most)
     return dict(
-        optimizer="muon", batch_tokens=2048, learning_rate=0.012, muon_learning_rate=0.02,
+        optimizer="muon", batch_tokens=batch, learning_rate=0.012, muon_learning_rate=0.02,
         schedule="linear", min_learning_rate=0.0, warmup_steps=20, weight_decay=0.1,
         dropout=dropout, max_steps=_ENDLESS,
     )  # fmt: skip
