@@ -85,12 +85,7 @@ def train(data: Path, key: tuple[str, float, str], model: ModelConfig) -> str:
             raise SystemExit(done.stderr[-2000:])
         info = json.loads((Path(folder) / "run" / "glassgpt.json").read_text())
     return json.dumps({"shape": shape, "millions": millions, "text": text, "steps": steps,
-                       "parameters": inner(model), "val_loss": info["best_val_loss"]})  # fmt: skip
-
-
-def inner(model: ModelConfig) -> int:
-    """Parameters outside the embeddings, as the law counts them."""
-    return model.n_parameters - model.vocab_size * model.n_embd
+                       "parameters": budget.inner_parameters(model), "val_loss": info["best_val_loss"]})  # fmt: skip
 
 
 def rows() -> list[dict]:

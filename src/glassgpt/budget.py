@@ -64,8 +64,8 @@ _BITS_OF_SHAKESPEARE = 2.75
 # Hoffmann et al. (arXiv:2203.15556, approach 3): web text in BPE tokens, models of any size.
 WEB_TEXT = Law(floor=1.69, a=406.4, alpha=0.34, b=410.7, beta=0.28, repetitions=15.4)
 _LARGE_VOCABULARY = 1024
-# Times through the text, up to which so much is dropped.
-_DROPOUT = ((3, 0.0), (6, 0.05), (25, 0.1), (math.inf, 0.15))
+# Up to so many times through the text, times parameters per token of it, so much is dropped.
+_DROPOUT = ((8, 0.0), (20, 0.05), (60, 0.1), (200, 0.15), (math.inf, 0.2))
 _ENDLESS = 1 << 40  # steps: the clock says when it is over
 _TYPICAL_SPEED = 250e9  # multiplications and additions per second, before one is measured
 
@@ -81,12 +81,17 @@ class Choice:
     loss: float  # expected, nats per token
 
 
+def inner_parameters(model: ModelConfig) -> int:
+    """All but the embeddings, which hold no rules of the text."""
+    return model.n_parameters - model.vocab_size * model.n_embd * (2 - model.tie_embeddings)
+
+
 def expected_loss(model: ModelConfig, tokens: float, text: Text) -> float:
     """What `train --budget` reaches with this model after so many tokens, in nats per token."""
-    n = model.n_parameters - model.vocab_size * model.n_embd * (2 - model.tie_embeddings)
+    n = max(1, inner_parameters(model))
     if text.vocab_size > _LARGE_VOCABULARY:
-        return WEB_TEXT(max(n, 1), tokens, text, 1.0)
-    return CHARACTERS(max(n, 1), tokens, text, text.bits_per_token / _BITS_OF_SHAKESPEARE)
+        return WEB_TEXT(n, tokens, text, 1.0)
+    return CHARACTERS(n, tokens, text, text.bits_per_token / _BITS_OF_SHAKESPEARE)
 
 
 def candidates(vocab_size: int, fixed: dict[str, Any]) -> list[ModelConfig]:
@@ -118,13 +123,13 @@ def _heads(width: int) -> int:
 def training_options(model: ModelConfig, tokens: float, text: Text) -> dict[str, Any]:
     """How to train `model` on about so many tokens: batch, rates, decay, dropout.
 
-    Dropout keeps a text that is seen often from being learned by heart; seen twice, it only slows
-    the learning down (docs/LOG.md).
+    Dropout keeps a text from being learned by heart by a model that has room for it and sees it
+    often; where one of the two is missing, it only slows the learning down (docs/LOG.md).
     """
     # Muon's products cost as much at every step: wide models need more tokens to be worth one.
     batch = 2048 if model.n_embd < 192 else 4096
-    epochs = tokens / text.tokens
-    dropout = next(share for most, share in _DROPOUT if epochs <= most)
+    pressure = tokens / text.tokens * inner_parameters(model) / text.tokens
+    dropout = next(share for most, share in _DROPOUT if pressure <= most)
     return dict(
         optimizer="muon", batch_tokens=batch, learning_rate=0.012, muon_learning_rate=0.02,
         schedule="linear", min_learning_rate=0.0, warmup_steps=20, weight_decay=0.1,

@@ -27,7 +27,7 @@ EVAL_LOGITS = 1 << 24  # numbers per evaluation batch: large batches are fast, b
 
 _MiB = 1 << 20
 # Measured with torch 2.13: what it loads when it is used; Numba with the compiled kernels.
-_OPTIMIZER_CODE, _KERNEL_CODE = 96 * _MiB, 80 * _MiB
+_OPTIMIZER_CODE, _KERNEL_CODE = 128 * _MiB, 80 * _MiB
 _TOKENIZER = 400  # bytes for each token, by which name it goes
 _GPU_CONTEXT = 600 * _MiB  # CUDA's, cuBLAS's workspace
 # glibc keeps smaller blocks for later when they are freed, with gaps between them (measured);
