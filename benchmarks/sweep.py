@@ -85,7 +85,8 @@ def train(data: Path, key: tuple[str, float, str], model: ModelConfig) -> str:
             raise SystemExit(done.stderr[-2000:])
         info = json.loads((Path(folder) / "run" / "glassgpt.json").read_text())
     return json.dumps({"shape": shape, "millions": millions, "text": text, "steps": steps,
-                       "parameters": budget.inner_parameters(model), "val_loss": info["best_val_loss"]})  # fmt: skip
+                       "parameters": budget.inner_parameters(model),
+                       "val_loss": info["best_val_loss"]})  # fmt: skip
 
 
 def rows() -> list[dict]:

@@ -21,6 +21,7 @@ from glassgpt.errors import UserError, nearest
 # Every thread holds a gradient of the whole model: beyond this many numbers in all (1 GB), the
 # model is large enough for torch's own way of using several cores to be the better one.
 _MOST_GRADIENTS = 250_000_000
+_LONGEST_FUSED = 1024  # positions
 FUSED_LOGITS = 1 << 22  # numbers at a time: large vocabularies never fill the memory
 CHUNK_LOGITS = 1 << 26  # of autograd's loss; in float32 256 MB, and up to three such tensors
 EVAL_LOGITS = 1 << 24  # numbers per evaluation batch: large batches are fast, but must fit
@@ -113,6 +114,13 @@ def useful_workers(threads: int, rows: int, n_parameters: int) -> int:
     return n if n * n_parameters <= _MOST_GRADIENTS else 1
 
 
+def is_fusible(model: ModelConfig) -> bool:
+    """Does fused/step.py know this shape? It keeps the scores of all pairs of positions, which for
+    long contexts are more than the memory saved elsewhere."""
+    modern = model.family == "qwen3" and model.n_kv_head == model.n_head
+    return modern and model.n_layer > 0 and model.context_length <= _LONGEST_FUSED
+
+
 def rows_per_process(model: ModelConfig, train: TrainConfig, world: int = 1) -> int:
     return max(1, round(train.batch_tokens / model.context_length / world))
 
@@ -138,8 +146,12 @@ def way(
     if world > 1 or train.compile == "on":
         return autograd
     n = useful_workers(threads, at_once, model.n_parameters)
-    known = model.family == "qwen3" and model.n_kv_head == model.n_head and model.n_layer > 0
-    if known and kernels and train.dtype != "float16" and (n > 1 or threads == 1 or rows == 1):
+    if (
+        is_fusible(model)
+        and kernels
+        and train.dtype != "float16"
+        and (n > 1 or threads == 1 or rows == 1)
+    ):
         low = train.dtype == "bfloat16" or (train.dtype == "auto" and bfloat16)
         return Way(True, n, rows, at_once, 2 if low else 4)
     return autograd if model.dropout else autograd._replace(workers=n)

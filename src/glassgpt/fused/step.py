@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from glassgpt import costs
 from glassgpt.config import ModelConfig
 from glassgpt.costs import FUSED_LOGITS
 from glassgpt.engine.compiled import load_kernels
@@ -29,7 +30,7 @@ def can_fuse(config: ModelConfig) -> bool:
         load_kernels("glassgpt.fused.kernels")
     except ImportError:
         return False
-    return config.family == "qwen3" and config.n_kv_head == config.n_head and config.n_layer > 0
+    return costs.is_fusible(config)
 
 
 def multiplies_bfloat16() -> bool:
