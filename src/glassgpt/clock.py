@@ -10,7 +10,9 @@ before. This room knows seconds and steps, no model and no file.
 
 from __future__ import annotations
 
+import statistics
 import time
+from collections import deque
 
 from glassgpt.config import TrainConfig, seconds_of
 
@@ -25,8 +27,9 @@ class Clock:
     def __init__(self, config: TrainConfig, *, began: float, used: float = 0.0) -> None:
         self.config, self.began, self.used = config, began, used
         self.budget = None if config.budget is None else seconds_of(config.budget)
-        self.step_seconds = 0.0  # a moving average
-        self.evaluation_seconds = self.saving_seconds = 0.0  # at the present speed
+        self.steps: deque[float] = deque(maxlen=25)  # seconds of the latest
+        self.evaluation_seconds = self.saving_seconds = self.sampling_seconds = 0.0
+        self.speed = 0.0  # of a step, when the evaluation was measured
         self.evaluated = self.saved = self.elapsed()
 
     def elapsed(self) -> float:
@@ -36,31 +39,46 @@ class Clock:
     # -- what has been seen ----------------------------------------------------------------------
 
     def saw_step(self, seconds: float) -> None:
-        """A slower step means a slower evaluation, too."""
-        before = self.step_seconds or seconds
-        self.step_seconds = 0.9 * before + 0.1 * seconds
-        self.evaluation_seconds *= self.step_seconds / before
+        self.steps.append(seconds)
 
     def saw_evaluation(self, seconds: float) -> None:
-        self.evaluation_seconds, self.evaluated = seconds, self.elapsed()
+        self.evaluation_seconds, self.speed = seconds, self.step_seconds
+        self.evaluated = self.elapsed()
 
     def saw_saving(self, seconds: float) -> None:
         self.saving_seconds, self.saved = seconds, self.elapsed()
 
+    def saw_sampling(self, seconds: float) -> None:
+        self.sampling_seconds = seconds
+
     # -- what follows from it --------------------------------------------------------------------
 
     @property
+    def step_seconds(self) -> float:
+        """Of the latest steps the middle one: a pause counts once, a slower machine soon."""
+        return statistics.median(self.steps) if self.steps else 0.0
+
+    @property
     def training_ends(self) -> float:
-        """When the last step must be over (seconds since the beginning), for all else to fit."""
+        """When the last step must be over (seconds since the beginning), for all else to fit.
+
+        When steps have become slower than they were at the last evaluation, the next one will be
+        slower, too; within reason, since a guess must not end the training.
+        """
         assert self.budget is not None
-        after = _SAFETY * self.evaluation_seconds + 2 * self.saving_seconds + _FINISHING
-        return max(self.budget - after, 0.1 * self.budget)
+        slower = self.step_seconds / self.speed if self.speed else 1.0
+        evaluation = _SAFETY * self.evaluation_seconds * min(2.0, max(0.7, slower))
+        after = evaluation + 2 * self.saving_seconds + self.sampling_seconds + _FINISHING
+        return max(self.budget - after, self.budget / 2)
 
     def done(self, step: int) -> float:
-        """The share of the training that is behind in the middle of the next step."""
+        """The share of the training that is behind in the middle of the next step: of its time, or
+        of its steps, whichever comes first."""
+        steps = step / self.config.max_steps
         if self.budget is None:
-            return step / self.config.max_steps
-        return min(1.0, (self.elapsed() + self.step_seconds / 2) / self.training_ends)
+            return steps
+        seconds = (self.elapsed() + self.step_seconds / 2) / self.training_ends
+        return min(1.0, max(seconds, steps))
 
     def is_over(self, step: int) -> bool:
         """Is there no time for another step, or none to take?"""

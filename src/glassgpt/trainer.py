@@ -48,7 +48,8 @@ from glassgpt.report import Expectation, Report, summary, write_report
 from glassgpt.runlog import Progress, RunLog, format_seconds, program, rewind_samples, write_sample
 from glassgpt.tokenizer import unknown_note
 
-_RESUMED = ("step", "evaluations_without_best", "evaluated_step", "samples", "spent")
+_RESUMED = ("step", "evaluations_without_best", "evaluated_step", "samples", "spent",
+            "eval_windows")  # fmt: skip
 _SMALL = 20_000_000  # parameters: a copy of them for sampling is no matter
 _EVALUATION_SHARE = 0.04  # of a budget, for one evaluation; more text than that is left out
 
@@ -122,12 +123,12 @@ class Trainer:
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         for name in _RESUMED:
-            setattr(self, name, state.get(name))
+            if name in state:  # older runs lack some
+                setattr(self, name, state[name])
         self.passes.fits_in_memory = fits = state.get("fits_in_memory")
         if self.options.get("micro_batch_size") == state["options"].get("micro_batch_size"):
             self.passes.micro_batch_size = min(self.passes.micro_batch_size, fits or 1 << 62)
         self.clock.used = state["seconds"]
-        self.spent = self.spent or {}
         self.plan = Expectation(**state["plan"]) if state.get("plan") else None
         for name in ("first_val_loss", "best_val_loss"):
             setattr(self, name, math.inf if state[name] is None else state[name])
@@ -183,22 +184,35 @@ class Trainer:
 
         So much of the validation text is looked at as a twenty-fifth of the time allows.
         """
-        if self.clock.budget is None:
+        clock = self.clock
+        if clock.budget is None:
             return
-        all_windows = max(1, (len(self.data.val) - 1) // self.T)
-        few = min(all_windows, max(1, all_windows // 20), 4096)
-        started = time.monotonic()
-        first = self.evaluate(self.data.val, windows=few)
-        took = (time.monotonic() - started) / few
-        allowed = int(_EVALUATION_SHARE * self.clock.budget / max(took, 1e-9))
-        if (self.eval_windows or all_windows) > allowed:
-            self.eval_windows = max(few, allowed)
-        self.clock.saw_evaluation(took * (self.eval_windows or all_windows))
-        if first is not None and not math.isfinite(self.first_val_loss):
-            self.first_val_loss = first
+        windows, took, loss = self._try_evaluation(0.01 * clock.budget)
+        allowed = round(_EVALUATION_SHARE * clock.budget / took)
+        there = max(1, (len(self.data.val) - 1) // self.T)
+        if self.eval_windows is None and there > allowed:
+            self.eval_windows = round(self._agreed(max(1, allowed)))
+        clock.saw_evaluation(took * (self.eval_windows or there))
+        if loss is not None and not math.isfinite(self.first_val_loss):
+            self.first_val_loss = loss
         if self.machine.is_main and self.step == 0:
             self._sample()
         self.save()
+
+    def _try_evaluation(self, seconds: float) -> tuple[int, float, float | None]:
+        """Evaluate on more and more windows, for about so long -> how many, seconds of one, loss.
+
+        The first try is not counted: what it compiles and fetches is there afterwards.
+        """
+        windows = self.passes.micro_batch_size * self.machine.world
+        self.evaluate(self.data.val, windows=windows)
+        while True:
+            started = time.monotonic()
+            loss = self.evaluate(self.data.val, windows=windows)
+            took = self._agreed(time.monotonic() - started)
+            if took >= seconds / 2 or windows * self.T >= len(self.data.val) or loss is None:
+                return windows, max(took, 1e-9) / windows, loss
+            windows *= 2
 
     def _train_step(self) -> None:
         config, step, started = self.config, self.step, time.monotonic()
@@ -283,7 +297,8 @@ class Trainer:
         raise UserError(
             f"training diverged at step {self.step + 1}: loss {loss}, gradient norm {norm:.3g}, "
             f"learning rate {rate:.2e}; {self.run} keeps the last good checkpoint. Usual remedies: "
-            "a lower --learning-rate, more --warmup-steps, --grad-clip 1, --dtype float32"
+            "lower --learning-rate and --muon-learning-rate, more --warmup-steps, --grad-clip 1, "
+            "--dtype float32"
         )
 
     # -- evaluation ------------------------------------------------------------------------------
@@ -341,6 +356,7 @@ class Trainer:
     def _sample(self) -> None:
         if not self.config.sample_tokens:
             return
+        started = time.monotonic()
         tokenizer, prompt = self.data.tokenizer, self.config.sample_prompt
         ids = tokenizer.encode(prompt, special=True) if prompt else []
         how = Sampling(max_new_tokens=self.config.sample_tokens, temperature=0.8, top_k=200)
@@ -352,6 +368,7 @@ class Trainer:
         text = (prompt or "") + piece.text
         self.samples = [*self.samples[:1], text]
         write_sample(self.run / "samples.md", self.step, text)
+        self.clock.saw_sampling(time.monotonic() - started)
 
     # -- keeping ---------------------------------------------------------------------------------
 
