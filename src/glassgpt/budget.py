@@ -97,9 +97,9 @@ def candidates(vocab_size: int, fixed: dict[str, Any]) -> list[ModelConfig]:
         width = fixed.get("n_embd", n_embd)
         head = 32 if width <= _WIDEST_SMALL_HEADS else 64
         wished: dict[str, Any] = dict(n_layer=n_layer, context_length=context_length)
-        wished |= dict(n_embd=width, n_head=max(1, width // head)) | fixed
+        wished |= dict(n_embd=width, n_head=_heads(width, head)) | fixed
         try:
-            config = ModelConfig.from_shape(vocab_size=vocab_size, **wished)
+            config = ModelConfig.from_shape(**wished | {"vocab_size": vocab_size})
         except UserError as error:
             refused = error
         else:
@@ -107,6 +107,11 @@ def candidates(vocab_size: int, fixed: dict[str, Any]) -> list[ModelConfig]:
     if refused is not None and not shapes:
         raise refused
     return list(shapes)
+
+
+def _heads(width: int, head: int) -> int:
+    """As many as are `head` wide, or fewer where that does not come out even."""
+    return next((n for n in range(width // head, 1, -1) if width % (2 * n) == 0), 1)
 
 
 def training_options(model: ModelConfig, tokens: float, text: Text) -> dict[str, Any]:
