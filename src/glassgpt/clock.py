@@ -36,10 +36,11 @@ class Clock:
     # -- what has been seen ----------------------------------------------------------------------
 
     def saw_step(self, seconds: float) -> None:
-        """A slower step means a slower evaluation, too."""
+        """A slower step means that evaluating and saving are slower, too."""
         before = self.step_seconds or seconds
         self.step_seconds = 0.9 * before + 0.1 * seconds
         self.evaluation_seconds *= self.step_seconds / before
+        self.saving_seconds *= self.step_seconds / before
 
     def saw_evaluation(self, seconds: float) -> None:
         self.evaluation_seconds, self.evaluated = seconds, self.elapsed()
@@ -57,10 +58,15 @@ class Clock:
         return max(self.budget - after, 0.1 * self.budget)
 
     def done(self, step: int) -> float:
-        """The share of the training that is behind in the middle of the next step."""
+        """The share of the training that is behind in the middle of the next step.
+
+        With a budget, of the time or of the steps, whichever will be used up first.
+        """
+        by_steps = step / self.config.max_steps
         if self.budget is None:
-            return step / self.config.max_steps
-        return min(1.0, (self.elapsed() + self.step_seconds / 2) / self.training_ends)
+            return by_steps
+        by_time = (self.elapsed() + self.step_seconds / 2) / self.training_ends
+        return min(1.0, max(by_time, by_steps))
 
     def is_over(self, step: int) -> bool:
         """Is there no time for another step, or none to take?"""
