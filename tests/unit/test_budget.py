@@ -157,8 +157,9 @@ def test_widths_that_no_usual_head_divides(shape, n_embd):
 
 
 @pytest.mark.parametrize(("fixed", "reason"), [
-    ({"n_embd": 101}, "even"), ({"n_embd": 48, "n_head": 5}, "n_head=5"), ({"n_embd": 0}, "n_embd=0"),
-    ({"dropout": 2.0}, "dropout=2.0"), ({"n_layer": -1}, "n_layer=-1"), ({"n_head": 0}, "n_head=0"),
+    ({"n_embd": 101}, "even"), ({"n_embd": 48, "n_head": 5}, "n_head=5"),
+    ({"n_embd": 0}, "n_embd=0"), ({"n_head": 0}, "n_head=0"), ({"n_layer": -1}, "n_layer=-1"),
+    ({"dropout": 2.0}, "dropout=2.0"),
 ])  # fmt: skip
 def test_shapes_that_can_not_be(fixed, reason):
     with pytest.raises(UserError, match=reason):

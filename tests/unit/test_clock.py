@@ -1,4 +1,4 @@
-"""The clock of a training, with a time of its own: nobody waits, and machines change their speed."""
+"""The clock of a training, with a time of its own: nobody waits, machines change their speed."""
 
 from __future__ import annotations
 
