@@ -51,7 +51,8 @@ def test_durations(text, seconds):
 
 
 @pytest.mark.parametrize("text", ["", " ", "0", "0m", "-5m", "5 m", "m", "5x", "5min", "five",
-                                  "1e3", "1.2.3", "inf", "nan", "5m!", "1,5m", "9" * 400])  # fmt: skip
+                                  "1e3", "1.2.3", "inf", "nan", "5m!", "1,5m",
+                                  "9" * 400])  # fmt: skip
 def test_what_is_no_duration(text):
     for make in (seconds_of, lambda budget: TrainConfig(budget=budget)):
         with pytest.raises(UserError, match="is no duration; write 30s, 5m or 1h30m"):

@@ -78,7 +78,8 @@ def test_twice_the_time_learns_from_what_was_reached(tmp_path):
     assert twice.endswith("to give 1.51")
 
 
-@pytest.mark.parametrize("sample", ["``` and ```` and `", "a\n```\nb", "half \udc80\ud83d of it", "", "| a | b |",
+@pytest.mark.parametrize("sample", ["``` and ```` and `", "a\n```\nb", "half \udc80\ud83d of it",
+                                    "", "| a | b |",
                                     "# no title\n\n~~~", "\x00\x1b[31m", "`" * 50])  # fmt: skip
 def test_samples_that_are_no_prose(tmp_path, sample):
     """They end where they should: what follows is no part of them, and they of nothing else."""
