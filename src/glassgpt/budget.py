@@ -103,7 +103,7 @@ def candidates(vocab_size: int, fixed: dict[str, Any]) -> list[ModelConfig]:
         wished |= dict(n_embd=n_embd) | fixed
         wished.setdefault("n_head", _heads(wished["n_embd"]))
         try:
-            config = ModelConfig.from_shape(vocab_size=vocab_size, **wished)
+            config = ModelConfig.from_shape(**wished | {"vocab_size": vocab_size})
         except UserError as error:
             refused = error
         else:

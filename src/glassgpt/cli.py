@@ -23,7 +23,7 @@ VERBS = {
     "sample": "Let a trained model continue a prompt; prints the prompt and what follows.",
     "eval": "Measure how well a model predicts a text, and what quantised weights cost.",
     "export": "Write a model for other programs: llama.cpp, ONNX Runtime, nanoGPT, or NumPy alone.",
-    "bench": "Measure how fast a model generates on this machine, with every engine and precision.",
+    "bench": "Measure how fast a model generates or trains here, and where the time goes.",
 }
 
 

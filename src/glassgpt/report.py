@@ -9,6 +9,7 @@ and words, no model.
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,9 +88,15 @@ def write_report(run: Path, report: Report) -> None:
         )]  # fmt: skip
     if report.samples:
         lines += ["", "## Before and after", ""]
-        lines += [f"```\n{sample.strip()}\n```\n" for sample in report.samples]
+        lines += [_fenced(sample) for sample in report.samples]
     content = "\n".join(lines).rstrip() + "\n"
     write_file(run / "report.md", content.encode("utf-8", "replace"))
+
+
+def _fenced(sample: str) -> str:
+    """As a block of markdown that nothing inside it can end."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", sample)), default=0))
+    return f"{fence}\n{sample.strip()}\n{fence}\n"
 
 
 def _rows(report: Report) -> list[tuple[str, str, str]]:

@@ -420,7 +420,7 @@ def bench(
     seconds: float = 5.0,
     options: Annotated[TrainOptions, Parameter(name="*")] = {},  # noqa: B006
 ) -> None:
-    """Measure how fast a model generates or trains on this machine, and where the time goes.
+    """Measure how fast a model generates or trains here, and where the time goes.
 
     decode: a table of tokens per second with every engine and precision. Prompt of N is reading a
     prompt; batch 1 and 8 is writing, for so many texts side by side. MB/token is what one step

@@ -36,7 +36,7 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 
 def test_files(run: Path) -> None:
     top = {path.name for path in run.iterdir()}
-    assert top == MODEL | {"metrics.jsonl", "samples.md", "loss.png", "checkpoints"}
+    assert top == MODEL | {"metrics.jsonl", "samples.md", "report.md", "loss.png", "checkpoints"}
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["last"]
     last = {path.name for path in (run / "checkpoints" / "last").iterdir()}
     assert last == MODEL | {"optimizer.safetensors", "state.json"}
@@ -86,6 +86,9 @@ def test_the_rest_is_to_be_looked_at(run: Path) -> None:
         "## step 0", "## step 2", "## step 3",
     ]  # fmt: skip
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG\r\n")
+    report = (run / "report.md").read_text()
+    assert report.startswith("# fox\n")
+    assert "240 (3 steps)" in report
 
 
 def test_no_pickle_and_nothing_half_written(run: Path) -> None:
