@@ -1,11 +1,11 @@
 """Which model to train in the time there is: the rule behind `--budget`.
 
-    choose(Text(1_000_000, 65, 2.4), seconds=300, fixed={}, measured={}).model
+    choose(Text(1_000_000, 65, 2.4), seconds=lambda: 300, fixed={}, measured={}).model
 
 A larger model learns more from each token and sees fewer of them. The rule walks a ladder of
 shapes, from 0.1 to 100 million parameters, asks how many tokens each would see in the time, and
-what loss a law fitted to our own runs expects of that (benchmarks/sweep.py measures them,
-docs/budget.md shows them). It knows arithmetic only: how fast a shape is here, it asks.
+what loss a law fitted to our own runs expects of that (benchmarks/sweep.py measures and fits,
+docs/sweep.png shows it). It knows arithmetic only: how fast a shape is here, it asks.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from typing import Any
 from glassgpt.config import ModelConfig
 from glassgpt.errors import UserError
 
-# (n_layer, n_embd, context_length): each costs about 1.5 times the one before, per token.
+# (n_layer, n_embd, context_length), each somewhat more work per token than the one before.
 LADDER = (
     (2, 64, 64), (2, 96, 64), (3, 96, 128), (3, 128, 128), (4, 128, 128), (4, 160, 128),
-    (5, 192, 256), (6, 192, 256), (6, 256, 256), (8, 256, 256), (8, 384, 256), (10, 512, 512),
-    (12, 640, 512), (12, 768, 1024),
+    (5, 160, 128), (5, 192, 128), (6, 192, 128), (6, 224, 256), (6, 256, 256), (8, 256, 256),
+    (8, 320, 256), (8, 384, 256), (10, 512, 512), (12, 640, 512), (12, 768, 1024),
 )  # fmt: skip
 _WIDEST_SMALL_HEADS = 256  # up to here heads are 32 wide, beyond 64
 
@@ -59,11 +59,11 @@ class Law:
 
 
 # Fitted by benchmarks/sweep.py to characters of tiny Shakespeare; `scale` carries it to others.
-CHARACTERS = Law(floor=0.9, a=12.0, alpha=0.32, b=190.0, beta=0.43, repetitions=8.0)
-_BITS_OF_SHAKESPEARE = 2.75
+CHARACTERS = Law(floor=1.335, a=380.0, alpha=0.647, b=1570.0, beta=0.648, repetitions=6.8)
+_BITS_OF_SHAKESPEARE = 2.50
 # Hoffmann et al. (arXiv:2203.15556, approach 3): web text in BPE tokens, models of any size.
 WEB_TEXT = Law(floor=1.69, a=406.4, alpha=0.34, b=410.7, beta=0.28, repetitions=15.4)
-_LARGE_VOCABULARY = 1024
+_LARGE_VOCABULARY = 1 << 14
 # Up to so many times through the text, times parameters per token of it, so much is dropped.
 _DROPOUT = ((8, 0.0), (20, 0.05), (60, 0.1), (200, 0.15), (math.inf, 0.2))
 _ENDLESS = 1 << 40  # steps: the clock says when it is over
@@ -103,7 +103,8 @@ def candidates(vocab_size: int, fixed: dict[str, Any]) -> list[ModelConfig]:
         wished |= dict(n_embd=n_embd) | fixed
         wished.setdefault("n_head", _heads(wished["n_embd"]))
         try:
-            config = ModelConfig.from_shape(**wished | {"vocab_size": vocab_size})
+            wished["vocab_size"] = vocab_size
+            config = ModelConfig.from_shape(**wished)
         except UserError as error:
             refused = error
         else:
@@ -140,13 +141,14 @@ def training_options(model: ModelConfig, tokens: float, text: Text) -> dict[str,
 def choose(
     text: Text,
     *,
-    seconds: float,
+    seconds: Callable[[], float],
     fixed: dict[str, Any],
     measured: dict[ModelConfig, float],
     measure: Callable[[ModelConfig, dict[str, Any]], float] | None = None,
     fits: Callable[[ModelConfig, dict[str, Any]], bool] = lambda model, train: True,
 ) -> Choice:
-    """The best of the ladder for `seconds` of training, with the options in `fixed` as they are.
+    """The best of the ladder for `seconds()` of training, which measuring makes less, with the
+    options in `fixed` as they are.
 
     `measured` holds seconds per token of shapes; those of others are guessed from them. `measure`
     is asked for the shape that looks best, until the best one is a measured one; `fits` says which
@@ -160,8 +162,9 @@ def choose(
     if not shapes:
         raise UserError("not even the smallest model of the plan fits in so little memory")
     while True:
+        left = seconds()
         best = min(
-            (_choice(model, _seconds(model, measured), seconds, text) for model in shapes),
+            (_choice(model, _seconds(model, measured), left, text) for model in shapes),
             key=lambda choice: choice.loss,
         )
         if best.model in measured or measure is None:

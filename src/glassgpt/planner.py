@@ -48,8 +48,8 @@ from glassgpt.system import memory_bytes, peak_memory
 
 # Of a card's arithmetic, where nobody says: nanoGPT's four days for GPT-2 on 8 A100 are 29 %.
 USUAL_MFU = 0.3
-_CALIBRATION_SHARE = 0.02  # of the budget, for measuring one shape
-_LOOKED_AT = 1 << 19  # tokens, to see how hard the text is
+_CALIBRATION_SHARE, _SHORTEST_TRY = 0.02, 0.25  # of the budget, seconds; for measuring a shape
+_LOOKED_AT = 200_000  # tokens, to see how hard the text is
 _FORWARD = 0.45  # of a training step's time, for an evaluation of as many tokens
 _ROUND_ABOUT = 2.5  # seconds for all that is neither step nor evaluation
 
@@ -200,7 +200,7 @@ def calibrate(
         )
         passes.compile(tokens, tokens)
         few = len(tokens) if passes.compiled else min(len(tokens), len(passes.steps))
-        times = _time_steps(passes, optimizers, tokens[:few], 0.0)  # the first fills the caches
+        times = _time_steps(passes, optimizers, tokens[:few], 0.0)
         while few < len(tokens) and sum(times) < budget / 8:
             few = min(2 * few, len(tokens))
             times = _time_steps(passes, optimizers, tokens[:few], 0.0)
@@ -219,11 +219,12 @@ def _time_steps(
 ) -> tuple[float, float]:
     """Medians, in seconds, of a pass over these rows and of the update behind it.
 
-    As often as fits in the budget, but once; as in `Trainer._train_step`, where nothing is read.
+    As often as fits in the budget, but once, behind a first time that fills the caches; as in
+    `Trainer._train_step`, where nothing is read.
     """
     passes.rows, backward, update = len(tokens), [], []
     started = time.perf_counter()
-    while not update or time.perf_counter() - started < budget:
+    while len(update) < 2 or time.perf_counter() - started < budget:
         before = time.perf_counter()
         passes.gradients(tokens, tokens).item()  # waits for a GPU
         between = time.perf_counter()
@@ -236,7 +237,7 @@ def _time_steps(
         parameters[0].flatten()[0].item()
         backward.append(between - before)
         update.append(time.perf_counter() - between)
-    return statistics.median(backward), statistics.median(update)
+    return statistics.median(backward[1:]), statistics.median(update[1:])
 
 
 # -- a budget -----------------------------------------------------------------------------------
@@ -271,7 +272,8 @@ def plan_budget(
     def measure(model: ModelConfig, train: dict[str, Any]) -> float:
         progress.status(f"measuring {model.n_layer} layers, {model.n_embd} wide")
         model, config = complete(model, train)
-        took = calibrate(model, config, alone, progress, budget=_CALIBRATION_SHARE * total)
+        enough = max(_SHORTEST_TRY, _CALIBRATION_SHARE * total)
+        took = calibrate(model, config, alone, progress, budget=enough)
         tokens = rows_per_process(model, config) * model.context_length
         return took / tokens / machine.world
 
@@ -284,9 +286,10 @@ def plan_budget(
         return room is None or need.total <= room
 
     def choice(whole: float, measure: Any = None) -> budget.Choice:
-        left = whole - (time.monotonic() - began) - _ROUND_ABOUT
-        return budget.choose(text, seconds=left, fixed=fixed, measured=measured, measure=measure,
-                             fits=fits)  # fmt: skip
+        return budget.choose(
+            text, seconds=lambda: whole - (time.monotonic() - began) - _ROUND_ABOUT, fixed=fixed,
+            measured=measured, measure=measure, fits=fits,
+        )  # fmt: skip
 
     if time.monotonic() - began + _ROUND_ABOUT > 0.75 * total:
         raise UserError(f"budget={given['budget']} is too short: to begin and to end takes "

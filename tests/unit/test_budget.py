@@ -194,7 +194,7 @@ def test_how_to_train_is_made_of_options_of_train():
 @pytest.mark.parametrize("flops", [1e9, 1e11, 1e14])
 def test_more_time_never_expects_a_worse_loss(text, flops):
     found = [
-        choose(text, seconds=seconds, fixed={}, measured={}, measure=at_speed(flops))
+        choose(text, seconds=lambda: seconds, fixed={}, measured={}, measure=at_speed(flops))
         for seconds in (1, 10, 30, 60, 120, 300, 3600, 86400)
     ]
     losses = [choice.loss for choice in found]
@@ -210,21 +210,21 @@ def test_more_time_never_expects_a_worse_loss(text, flops):
 
 def test_no_other_shape_expects_less():
     measure = at_speed(3e10)
-    best = choose(BOOK, seconds=120, fixed={}, measured={}, measure=measure)
+    best = choose(BOOK, seconds=lambda: 120, fixed={}, measured={}, measure=measure)
     for model in candidates(65, {}):
         tokens = 120 / measure(model, {})
         assert expected_loss(model, tokens, BOOK) >= best.loss * (1 - 1e-9)
 
 
 def test_a_machine_on_which_wide_shapes_are_slow_gets_a_narrow_one():
-    usual = choose(BOOK, seconds=600, fixed={}, measured={}, measure=at_speed(1e11))
+    usual = choose(BOOK, seconds=lambda: 600, fixed={}, measured={}, measure=at_speed(1e11))
     assert usual.model.n_embd > 128
 
     def measure(model: ModelConfig, train: dict[str, Any]) -> float:
         return model.flops_per_token() / (1e11 if model.n_embd <= 96 else 1e6)
 
     measured: dict[ModelConfig, float] = {}
-    choice = choose(BOOK, seconds=600, fixed={}, measured=measured, measure=measure)
+    choice = choose(BOOK, seconds=lambda: 600, fixed={}, measured=measured, measure=measure)
     assert choice.model.n_embd <= 96
     assert choice.token_seconds == measured[choice.model] == measure(choice.model, {})
     assert choice.tokens == pytest.approx(600 / choice.token_seconds)
@@ -239,13 +239,13 @@ def test_what_was_measured_is_not_measured_again():
         return at_speed(2e10)(model, train)
 
     measured: dict[ModelConfig, float] = {}
-    first = choose(BOOK, seconds=100, fixed={}, measured=measured, measure=measure)
+    first = choose(BOOK, seconds=lambda: 100, fixed={}, measured=measured, measure=measure)
     assert 1 <= len(asked) < len(LADDER)  # only those that look best
     assert len(set(asked)) == len(asked)
     assert list(measured) == asked
-    again = choose(BOOK, seconds=100, fixed={}, measured=measured, measure=measure)
+    again = choose(BOOK, seconds=lambda: 100, fixed={}, measured=measured, measure=measure)
     assert (again, len(measured)) == (first, len(set(asked)))
-    unmeasured = choose(BOOK, seconds=200, fixed={}, measured=measured)
+    unmeasured = choose(BOOK, seconds=lambda: 200, fixed={}, measured=measured)
     assert unmeasured.loss <= first.loss
 
 
@@ -254,7 +254,7 @@ def test_what_was_measured_is_not_measured_again():
 def test_it_ends_on_every_machine(speeds, seconds):
     speed_of = dict(zip(candidates(65, {}), speeds, strict=True))
     measured: dict[ModelConfig, float] = {}
-    choice = choose(BOOK, seconds=seconds, fixed={}, measured=measured,
+    choice = choose(BOOK, seconds=lambda: seconds, fixed={}, measured=measured,
                     measure=lambda model, train: speed_of[model])  # fmt: skip
     assert choice.token_seconds == speed_of[choice.model]
     assert choice.loss == min(expected_loss(model, max(1.0, seconds / took), BOOK)
@@ -266,25 +266,29 @@ def test_only_what_fits_is_chosen():
         assert TrainConfig(**{k: v for k, v in train.items() if k != "dropout"})
         return model.n_parameters < 200_000
 
-    choice = choose(BOOK, seconds=1e6, fixed={}, measured={}, measure=at_speed(1e12), fits=fits)
+    choice = choose(
+        BOOK, seconds=lambda: 1e6, fixed={}, measured={}, measure=at_speed(1e12), fits=fits
+    )
     assert choice.model.n_parameters < 200_000
     with pytest.raises(UserError, match="little memory"):
-        choose(BOOK, seconds=60, fixed={}, measured={}, fits=lambda model, train: False)
+        choose(BOOK, seconds=lambda: 60, fixed={}, measured={}, fits=lambda model, train: False)
 
 
 def test_a_tiny_text():
     tiny = Text(tokens=70, vocab_size=5, bits_per_token=1.0)
-    choice = choose(tiny, seconds=60, fixed={}, measured={}, measure=at_speed(1e10))
+    choice = choose(tiny, seconds=lambda: 60, fixed={}, measured={}, measure=at_speed(1e10))
     assert choice.model.context_length < 70
     assert math.isfinite(choice.loss)
     fixed = {"context_length": 8}
     few = dataclasses.replace(tiny, tokens=9, bits_per_token=0.0)
-    assert choose(few, seconds=60, fixed=fixed, measured={}).model.context_length == 8
+    assert choose(few, seconds=lambda: 60, fixed=fixed, measured={}).model.context_length == 8
     with pytest.raises(UserError, match="9 tokens are too few"):
-        choose(few, seconds=60, fixed={}, measured={})
+        choose(few, seconds=lambda: 60, fixed={}, measured={})
 
 
 def test_no_time_at_all_still_gives_a_plan():
     for seconds in (0.0, 1e-6):
-        choice = choose(BOOK, seconds=seconds, fixed={}, measured={}, measure=at_speed(1e10))
+        choice = choose(
+            BOOK, seconds=lambda: seconds, fixed={}, measured={}, measure=at_speed(1e10)
+        )
         assert math.isfinite(choice.loss)
