@@ -3,8 +3,8 @@
     speed = time_steps(model_config, train_config, machine, seconds=5); print(table(speed, peak))
 
 Real steps on random tokens: batch, forward, backward, optimizer, evaluation. What the machine can
-do at most is measured, too, by large matrix products in the same precision. The plan of a budget
-asks this room for the speed of a shape; ratios against nanoGPT are in benchmarks/train_cpu.py.
+do at most is measured, too, by large matrix products in the same precision. Ratios against nanoGPT
+are in benchmarks/train_cpu.py.
 """
 
 from __future__ import annotations

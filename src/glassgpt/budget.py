@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from glassgpt.config import ModelConfig
+from glassgpt.config import ENDLESS, ModelConfig
 from glassgpt.errors import UserError
 
 # (n_layer, n_embd, context_length), each somewhat more work per token than the one before.
@@ -66,7 +66,6 @@ WEB_TEXT = Law(floor=1.69, a=406.4, alpha=0.34, b=410.7, beta=0.28, repetitions=
 _LARGE_VOCABULARY = 1 << 14
 # Up to so many times through the text, times parameters per token of it, so much is dropped.
 _DROPOUT = ((8, 0.0), (20, 0.05), (60, 0.1), (200, 0.15), (math.inf, 0.2))
-_ENDLESS = 1 << 40  # steps: the clock says when it is over
 _TYPICAL_SPEED = 250e9  # multiplications and additions per second, before one is measured
 
 
@@ -134,7 +133,7 @@ def training_options(model: ModelConfig, tokens: float, text: Text) -> dict[str,
     return dict(
         optimizer="muon", batch_tokens=batch, learning_rate=0.012, muon_learning_rate=0.02,
         schedule="linear", min_learning_rate=0.0, warmup_steps=20, weight_decay=0.1,
-        dropout=dropout, max_steps=_ENDLESS,
+        dropout=dropout, max_steps=ENDLESS,
     )  # fmt: skip
 
 

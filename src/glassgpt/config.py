@@ -30,6 +30,7 @@ Format = Literal["gguf", "onnx", "nanogpt", "numpy"]  # that `export` writes
 Precision = Literal["F32", "F16", "Q8_0"]  # of the matrices in a GGUF
 EngineName = Literal["auto", "numba", "numpy", "torch", "gpu"]  # what computes when decoding
 WeightPrecision = Literal["float32", "int8", "int4", "bfloat16"]  # of the matrices in an engine
+ENDLESS = 1 << 40  # steps: the clock of a budget says when it is over
 MOST_THREADS = 1024  # torch crashes on numbers that no machine has
 DEVICES = ("auto", "cpu", "cuda", "mps")
 _MOST_SAMPLES = 100_000
@@ -327,6 +328,8 @@ class TrainConfig:
         _check_types(self)
         if self.budget is not None:
             seconds_of(self.budget)
+        elif self.max_steps == ENDLESS:
+            raise UserError("without a budget, max_steps must say when to stop")
         if self.memory is not None:
             bytes_of(self.memory)
         for name in ("max_steps", "batch_tokens", "eval_interval", "log_interval"):
@@ -410,7 +413,7 @@ _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 def seconds_of(duration: str) -> float:
     """90s, 5m, 1h30m, 2d -> seconds; a number alone is seconds. Raises `UserError`."""
-    wanted = duration.strip().lower()
+    wanted = duration.replace(" ", "").lower()
     parts = re.findall(r"(\d+(?:\.\d+)?)([smhd]?)", wanted)
     seconds = sum(float(number) * _UNITS[unit or "s"] for number, unit in parts)
     if "".join(number + unit for number, unit in parts) != wanted or not 0 < seconds < math.inf:

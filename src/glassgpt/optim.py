@@ -166,6 +166,9 @@ class Muon(_Optimizer):
     @torch.no_grad()
     def _update(self, places: list[tuple[torch.nn.Parameter, slice]]) -> None:
         options = self.param_groups[0]
+        places = [place for place in places if place[0].grad is not None]
+        if not places:
+            return
         gradients = torch.stack([p.grad[rows] for p, rows in places if p.grad is not None])
         momenta = [self.state[p]["momentum"][rows] for p, rows in places]
         stacked = torch.stack(momenta).lerp_(gradients, 1 - options["momentum"])

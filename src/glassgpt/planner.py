@@ -250,13 +250,17 @@ def plan_budget(
     *,
     began: float,
     progress: Progress,
+    asked: set[str] = frozenset(),  # type: ignore
     base: ModelConfig | None = None,
 ) -> tuple[dict[str, Any], Expectation]:
     """`given` completed to make the best of its budget, and what to expect of that.
 
     Options that were given stay as they are, and so does the shape of a `base` to begin with; the
-    others follow the rule. Raises `UserError` when the budget is too short for anything.
+    others follow the rule. A preset's numbers of steps yield to the clock, unless they were `asked`
+    for by name. Raises `UserError` when the budget is too short for anything.
     """
+    counts = {"max_steps", "warmup_steps", "decay_steps"} - asked
+    given = {name: value for name, value in given.items() if name not in counts}
     total = seconds_of(given["budget"])
     alone = dataclasses.replace(machine, rank=0, world=1)
     fixed = {} if base is None else dataclasses.asdict(base)
@@ -297,14 +301,15 @@ def plan_budget(
     chosen, twice = choice(total, measure), choice(2 * total)
     once = _FORWARD * chosen.token_seconds * len(data.val)  # an evaluation
     evaluations = 1 + total / max(total / 10, 12 * once)
-    tokens = max(chosen.tokens - evaluations * once / chosen.token_seconds, chosen.tokens / 2)
+    share = max(1 - evaluations * once / chosen.token_seconds / chosen.tokens, 0.5)
+    tokens = share * chosen.tokens
     expected = Expectation(
         seconds=total,
         tokens_per_second=1 / chosen.token_seconds,
         tokens=round(tokens),
         epochs=tokens / text.tokens,
         loss=budget.expected_loss(chosen.model, tokens, text),
-        loss_of_twice=twice.loss,
+        loss_of_twice=budget.expected_loss(twice.model, share * twice.tokens, text),
     )
     progress.say(f"plan: {describe_budget(chosen.model, expected)}")
     return _shape_of(chosen.model) | chosen.train | given, expected

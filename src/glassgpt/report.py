@@ -51,6 +51,24 @@ class Report:
         return self.tokens / stepping if stepping else 0.0
 
 
+@dataclass(frozen=True)
+class TrainResult:
+    """What came of it; the rest stands in the run directory."""
+
+    run: Path
+    step: int
+    first_val_loss: float
+    best_val_loss: float
+    seconds: float
+    samples: tuple[str, ...]  # the first and the latest
+    summary: tuple[str, ...] = ()  # lines of the report
+    signal: int | None = None  # of the signal that interrupted it; it can be resumed
+
+    @property
+    def finished(self) -> bool:
+        return self.signal is None
+
+
 STEP_PARTS = ("data", "forward and backward", "optimizer")
 
 
@@ -124,5 +142,5 @@ def _parts(report: Report) -> list[tuple[str, float, float]]:
 
 
 def _twice(report: Report, plan: Expectation) -> float:
-    """The plan's expectation, moved by as much as it was wrong about this run."""
-    return plan.loss_of_twice + (report.val_loss - plan.loss)
+    """What was reached, made smaller by as much as the plan expects of twice the time."""
+    return report.val_loss * plan.loss_of_twice / plan.loss

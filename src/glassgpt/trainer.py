@@ -17,7 +17,6 @@ import signal
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +43,7 @@ from glassgpt.optim import (
 )
 from glassgpt.passes import Passes
 from glassgpt.plot import loss_curve
-from glassgpt.report import Expectation, Report, summary, write_report
+from glassgpt.report import Expectation, Report, TrainResult, summary, write_report
 from glassgpt.runlog import Progress, RunLog, format_seconds, program, rewind_samples, write_sample
 from glassgpt.tokenizer import unknown_note
 
@@ -52,24 +51,6 @@ _RESUMED = ("step", "evaluations_without_best", "evaluated_step", "samples", "sp
             "eval_windows")  # fmt: skip
 _SMALL = 20_000_000  # parameters: a copy of them for sampling is no matter
 _EVALUATION_SHARE = 0.04  # of a budget, for one evaluation; more text than that is left out
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """What came of it; the rest stands in the run directory."""
-
-    run: Path
-    step: int
-    first_val_loss: float
-    best_val_loss: float
-    seconds: float
-    samples: tuple[str, ...]  # the first and the latest
-    summary: tuple[str, ...] = ()  # lines of the report
-    signal: int | None = None  # of the signal that interrupted it; it can be resumed
-
-    @property
-    def finished(self) -> bool:
-        return self.signal is None
 
 
 class Trainer:
@@ -112,6 +93,7 @@ class Trainer:
         self.evaluated_step: int | None = None
         self.samples: list[str] = []
         self.recent: deque[float] = deque(maxlen=50)
+        self._unread: tuple[torch.Tensor, torch.Tensor, float] | None = None
 
     def restore(
         self, saved: ckpt.Checkpoint, optimizer: Mapping[str, np.ndarray], state: dict[str, Any]
@@ -129,7 +111,8 @@ class Trainer:
         if self.options.get("micro_batch_size") == state["options"].get("micro_batch_size"):
             self.passes.micro_batch_size = min(self.passes.micro_batch_size, fits or 1 << 62)
         self.clock.used = state["seconds"]
-        self.plan = Expectation(**state["plan"]) if state.get("plan") else None
+        if state.get("plan") and self.options.get("budget") == state["options"].get("budget"):
+            self.plan = Expectation(**state["plan"])
         for name in ("first_val_loss", "best_val_loss"):
             setattr(self, name, math.inf if state[name] is None else state[name])
         if self.clock.is_over(self.step) and self.evaluated_step == self.step:
@@ -147,12 +130,12 @@ class Trainer:
             self.log = RunLog(self.run, tensorboard=self.config.tensorboard,
                               wandb=self.config.wandb, options=self.options)  # fmt: skip
         self._describe()
-        self.passes.compile(*self._batch())
-        if self.clock.budget is None:
-            self.clock.began = time.monotonic()  # the time of training alone
-        self._tick, self._tick_step = time.monotonic(), self.step
         with runtime.StopRequest().listening() as self.stop:
             try:
+                self.passes.compile(*self._batch())
+                if self.clock.budget is None:
+                    self.clock.began = time.monotonic()  # the time of training alone
+                self._tick, self._tick_step = time.monotonic(), self.step
                 self._foresee()
                 finished = self._loop()
             except KeyboardInterrupt:  # a second Ctrl-C, or one where nobody listens
@@ -195,7 +178,7 @@ class Trainer:
         clock.saw_evaluation(took * (self.eval_windows or there))
         if loss is not None and not math.isfinite(self.first_val_loss):
             self.first_val_loss = loss
-        if self.machine.is_main and self.step == 0:
+        if self.machine.is_main and not self.samples:
             self._sample()
         self.save()
 
@@ -263,7 +246,9 @@ class Trainer:
         intervals = (config.log_interval, config.eval_interval, config.checkpoint_interval)
         due = next_step == config.max_steps or any(n and next_step % n == 0 for n in intervals)
         if not due and self.machine.device.type != "cpu":
+            self._unread = loss, norm, rate
             return None
+        self._unread = None
         numbers = loss.item(), norm.item()
         # float16 overflows now and then; its scaler leaves such a step out by itself.
         if not math.isfinite(numbers[0] if self.scaler.is_enabled() else sum(numbers)):
@@ -376,6 +361,10 @@ class Trainer:
         """Replace `checkpoints/last` by the present moment."""
         if not self.machine.is_main:
             return
+        if self._unread is not None:  # with a budget, the clock says when to save
+            loss, norm, rate = self._unread
+            if not math.isfinite(loss.item() + norm.item()) and not self.scaler.is_enabled():
+                self._diverged(loss.item(), norm.item(), rate)
         started = time.monotonic()
         optimizer = optimizer_tensors(self.optimizers, self.model)
         state = {name: getattr(self, name) for name in _RESUMED}

@@ -111,7 +111,7 @@ def train(
         if config_now.budget is not None and saved is None:
             given, clock["plan"] = machine.on_main(partial(
                 plan_budget, given, dataset, machine, began=began, progress=progress,
-                base=base and base.config,
+                asked=asked, base=base and base.config,
             ))  # fmt: skip
         trainer = _make_trainer(given, dataset, machine, progress, saved, base, overwrite, held,
                                 **clock)  # fmt: skip
@@ -139,10 +139,14 @@ def plan(
     given["data"] = tuple(_names(data) or given.get("data") or ())
     if not given["data"]:
         raise UserError("nothing to plan for; name a text file, a folder or a corpus")
-    machine = runtime.start(split_options(given)[2])
-    dataset = _open_data(given, asked, machine, progress)
-    given, expected = plan_budget(given, dataset, machine, began=began, progress=progress)
-    return _model_config(given, dataset, None, None), given, expected
+    with contextlib.ExitStack() as held:
+        held.callback(torch.set_num_threads, torch.get_num_threads())
+        machine = runtime.start(split_options(given)[2])
+        held.callback(runtime.stop)
+        dataset = _open_data(given, asked, machine, progress)
+        given, expected = plan_budget(given, dataset, machine, began=began, progress=progress,
+                                      asked=asked)  # fmt: skip
+        return _model_config(given, dataset, None, None), given, expected
 
 
 def _hold_and_load(run: str | Path, held: contextlib.ExitStack) -> tuple:

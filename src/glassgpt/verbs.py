@@ -16,6 +16,7 @@ from cyclopts import Parameter
 
 from glassgpt.arguments import LIST, PrepareOptions, SampleOptions, TrainOptions
 from glassgpt.config import (
+    ENDLESS,
     DataConfig,
     EngineName,
     Format,
@@ -23,7 +24,7 @@ from glassgpt.config import (
     Sampling,
     WeightPrecision,
 )
-from glassgpt.options import preset_names
+from glassgpt.options import preset_names, resolve_options
 
 if TYPE_CHECKING:
     from glassgpt.runlog import Progress
@@ -217,7 +218,7 @@ def plan(
     from glassgpt.planner import make_plan, table
     from glassgpt.runlog import Terminal
 
-    if options.get("budget"):
+    if resolve_options(options, preset=preset, config=config).get("budget"):
         _print_budget(data, preset, config, gpu or gpus or mfu, options)
         return
     print(table(make_plan(data, preset=preset, config=config, gpu=gpu, gpus=gpus, mfu=mfu,
@@ -236,7 +237,7 @@ def _print_budget(data: Any, preset: Any, config: Any, elsewhere: Any, options: 
         _, given, _ = plan(data, preset=preset, config=config, progress=terminal, **options)
     finally:
         terminal.close()
-    for name in sorted(set(given) - {"data"}):
+    for name in sorted(name for name in given if given[name] != ENDLESS and name != "data"):
         print(f"{name:<22}{given[name]}")
 
 

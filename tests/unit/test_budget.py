@@ -194,7 +194,7 @@ def test_how_to_train_is_made_of_options_of_train():
 @pytest.mark.parametrize("flops", [1e9, 1e11, 1e14])
 def test_more_time_never_expects_a_worse_loss(text, flops):
     found = [
-        choose(text, seconds=lambda: seconds, fixed={}, measured={}, measure=at_speed(flops))
+        choose(text, seconds=lambda s=seconds: s, fixed={}, measured={}, measure=at_speed(flops))
         for seconds in (1, 10, 30, 60, 120, 300, 3600, 86400)
     ]
     losses = [choice.loss for choice in found]
@@ -289,6 +289,6 @@ def test_a_tiny_text():
 def test_no_time_at_all_still_gives_a_plan():
     for seconds in (0.0, 1e-6):
         choice = choose(
-            BOOK, seconds=lambda: seconds, fixed={}, measured={}, measure=at_speed(1e10)
+            BOOK, seconds=lambda s=seconds: s, fixed={}, measured={}, measure=at_speed(1e10)
         )
         assert math.isfinite(choice.loss)
