@@ -189,7 +189,7 @@ class Trainer:
         few = min(all_windows, max(1, all_windows // 20), 4096)
         started = time.monotonic()
         first = self.evaluate(self.data.val, windows=few)
-        took = (time.monotonic() - started) / few
+        took = self._agreed(time.monotonic() - started) / few
         allowed = int(_EVALUATION_SHARE * self.clock.budget / max(took, 1e-9))
         if (self.eval_windows or all_windows) > allowed:
             self.eval_windows = max(few, allowed)
