@@ -98,8 +98,9 @@ def candidates(vocab_size: int, fixed: dict[str, Any]) -> list[ModelConfig]:
         head = 32 if width <= _WIDEST_SMALL_HEADS else 64
         wished: dict[str, Any] = dict(n_layer=n_layer, context_length=context_length)
         wished |= dict(n_embd=width, n_head=_heads(width, head)) | fixed
+        wished["vocab_size"] = vocab_size  # a base has one, too
         try:
-            config = ModelConfig.from_shape(**wished | {"vocab_size": vocab_size})
+            config = ModelConfig.from_shape(**wished)
         except UserError as error:
             refused = error
         else:
