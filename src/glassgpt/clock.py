@@ -16,7 +16,7 @@ from collections import deque
 
 from glassgpt.config import TrainConfig, seconds_of
 
-_FINISHING = 1.3  # seconds for the curve, the sample, the report and the end of the process
+_FINISHING = 1.5  # seconds for the curve, the sample, the report and the end of the process
 _SAFETY = 1.15  # evaluations vary
 _STEPS_BETWEEN_EVALUATIONS = 12  # of their own duration: they take at most a twelfth of the time
 
