@@ -299,20 +299,27 @@ def plan_budget(
         raise UserError(f"budget={given['budget']} is too short: to begin and to end takes "
                         f"{time.monotonic() - began + _ROUND_ABOUT:.0f} s here")  # fmt: skip
     chosen, twice = choice(total, measure), choice(2 * total)
-    once = _FORWARD * chosen.token_seconds * len(data.val)  # an evaluation
-    evaluations = 1 + total / max(total / 10, 12 * once)
+    expected = _expectation(chosen, twice, text, total, len(data.val))
+    progress.say(f"plan: {describe_budget(chosen.model, expected)}")
+    return _shape_of(chosen.model) | chosen.train | given, expected
+
+
+def _expectation(
+    chosen: budget.Choice, twice: budget.Choice, text: budget.Text, seconds: float, n_val: int
+) -> Expectation:
+    """Of `chosen` within so many seconds, some of which go into evaluations."""
+    once = _FORWARD * chosen.token_seconds * n_val
+    evaluations = 1 + seconds / max(seconds / 10, 12 * once)
     share = max(1 - evaluations * once / chosen.token_seconds / chosen.tokens, 0.5)
     tokens = share * chosen.tokens
-    expected = Expectation(
-        seconds=total,
+    return Expectation(
+        seconds=seconds,
         tokens_per_second=1 / chosen.token_seconds,
         tokens=round(tokens),
         epochs=tokens / text.tokens,
         loss=budget.expected_loss(chosen.model, tokens, text),
         loss_of_twice=budget.expected_loss(twice.model, share * twice.tokens, text),
     )
-    progress.say(f"plan: {describe_budget(chosen.model, expected)}")
-    return _shape_of(chosen.model) | chosen.train | given, expected
 
 
 def describe_budget(model: ModelConfig, expected: Expectation) -> str:

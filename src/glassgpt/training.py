@@ -87,21 +87,14 @@ def train(
         elif init_from is not None:
             base = load_pretrained(init_from, progress)
             given = _options_for(base, given, asked, os.fspath(init_from))
-        given["data"] = tuple(names or given.get("data") or ())
-        if not given["data"]:
-            raise UserError("nothing to train on; name a text file, a folder or a corpus")
+        given["data"] = _required(names or given.get("data"))
         config_now = split_options(given)[2]
         require_loggers(tensorboard=config_now.tensorboard, wandb=config_now.wandb)
         held.callback(torch.set_num_threads, torch.get_num_threads())  # the caller's
         machine = runtime.start(config_now)
         held.callback(runtime.stop)
-        try:
+        with _hint_of_moved_text(resume if saved is not None and not names else None):
             dataset = _open_data(given, asked, machine, progress)
-        except UserError as error:
-            if saved is None or names:
-                raise
-            raise UserError(f"{error}; if the text has moved: {program()} train NEW-PATH --resume "
-                            f"{shlex.quote(os.fspath(resume or ''))}") from error  # fmt: skip
         if saved is None:
             given |= _stored_options(given["data"]) or {}
         elif saved[2]["data_fingerprint"] != dataset.fingerprint:
@@ -109,15 +102,26 @@ def train(
                             "resume with the same data, or start anew")  # fmt: skip
         clock: dict[str, Any] = {"began": began}
         if config_now.budget is not None and saved is None:
-            given, clock["plan"] = machine.on_main(partial(
-                plan_budget, given, dataset, machine, began=began, progress=progress,
-                asked=asked, base=base and base.config,
-            ))  # fmt: skip
+            how = dict(began=began, progress=progress, asked=asked, base=base and base.config)
+            work = partial(plan_budget, given, dataset, machine, **how)
+            given, clock["plan"] = machine.on_main(work)
         trainer = _make_trainer(given, dataset, machine, progress, saved, base, overwrite, held,
                                 **clock)  # fmt: skip
         result = trainer.fit()
         machine.barrier()  # who leaves early takes the others' connections down
         return result
+
+
+@contextlib.contextmanager
+def _hint_of_moved_text(resume: str | Path | None) -> Iterator[None]:
+    """An error of the data of a run to `resume` says what to do when they are elsewhere now."""
+    try:
+        yield
+    except UserError as error:
+        if resume is None:
+            raise
+        raise UserError(f"{error}; if the text has moved: {program()} train NEW-PATH --resume "
+                        f"{shlex.quote(os.fspath(resume))}") from error  # fmt: skip
 
 
 @explain_os_errors("go on")
@@ -136,9 +140,7 @@ def plan(
     began, progress = time.monotonic(), progress or Progress()
     given = resolve_options(options, preset=preset, config=config)
     asked = set(resolve_options(options, config=config))
-    given["data"] = tuple(_names(data) or given.get("data") or ())
-    if not given["data"]:
-        raise UserError("nothing to plan for; name a text file, a folder or a corpus")
+    given["data"] = _required(_names(data) or given.get("data"))
     with contextlib.ExitStack() as held:
         held.callback(torch.set_num_threads, torch.get_num_threads())
         machine = runtime.start(split_options(given)[2])
@@ -197,6 +199,12 @@ def _make_trainer(
     elif machine.is_main:
         _empty(run)  # an old run goes only now, when nothing keeps the new one from starting
     return trainer
+
+
+def _required(names: Sequence[str] | None) -> tuple[str, ...]:
+    if not names:
+        raise UserError("nothing to train on; name a text file, a folder or a corpus")
+    return tuple(names)
 
 
 def _names(data: Any) -> list[str]:

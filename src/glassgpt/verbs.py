@@ -125,8 +125,6 @@ def train(
 
     glassgpt train book.txt --tokenizer bpe:2048 --n-layer 6 --n-embd 256 --max-steps 5000
 
-    glassgpt train --preset shakespeare-char
-
     glassgpt train --resume runs/book
 
     glassgpt train book.txt --from gpt2 --context-length 256 --max-steps 200
@@ -199,8 +197,6 @@ def plan(
     glassgpt plan book.txt --budget 5m
 
     glassgpt plan book.txt --budget 1h --memory 2GB
-
-    glassgpt plan book.txt --n-layer 6 --n-embd 384
 
     glassgpt plan --preset gpt2-124m --gpu A100 --gpus 8 --mfu 0.4 --price 1.80
 
@@ -423,18 +419,15 @@ def bench(
 ) -> None:
     """Measure how fast a model generates or trains here, and where the time goes.
 
-    decode: a table of tokens per second with every engine and precision. Prompt of N is reading a
-    prompt; batch 1 and 8 is writing, for so many texts side by side. MB/token is what one step
-    reads of the weights; the last column is the share of this machine's measured memory speed that
-    batch 1 reaches (more than 100 % when the model fits in the caches).
+    decode: tokens per second with every engine and precision. Prompt of N is reading a prompt;
+    batch 1 and 8 is writing, so many texts side by side. MB/token is what a step reads of the
+    weights; the last column is the share of this machine's memory speed that batch 1 reaches.
 
     train: what of a training step is data, forward, backward, optimizer, and what evaluation takes;
     and the share of the matrix products that this device can do (MFU). The options are those of
     `glassgpt train`; with RUN, the shape is that model's.
 
     Examples:
-
-    glassgpt bench decode runs/book
 
     glassgpt bench decode gpt2 --engine numba numpy --weights float32 int8 --threads 2
 
@@ -449,7 +442,7 @@ def bench(
     run:
         Run directory, or the name of a model [train: the shape that the options make].
     engine:
-        decode: only these: numba, numpy, torch, gpu [all that are here].
+        decode: only these: numba, numpy, torch, gpu [all].
     weights:
         decode: only these: float32, int8, int4 [all].
     prompt_tokens:
@@ -461,26 +454,30 @@ def bench(
     seconds:
         train: how long to measure.
     """
-    from glassgpt.errors import UserError
     from glassgpt.runlog import Terminal
 
+    decode = dict(engines=engine or (), weights=weights or (), prompt_tokens=prompt_tokens,
+                  new_tokens=new_tokens)  # fmt: skip
     terminal = Terminal()
     try:
-        if what == "train":
-            from glassgpt.bench_train import bench_train
-
-            text = bench_train(run, preset, dict(options), seconds=seconds, progress=terminal)
-        elif run is None or set(options) - {"threads"} or preset:
-            raise UserError("bench decode needs a RUN, and takes no options of training")
-        else:
-            from glassgpt.bench import describe_decode
-
-            text = describe_decode(run, engines=engine or (), weights=weights or (),
-                                   threads=options.get("threads"), prompt_tokens=prompt_tokens,
-                                   new_tokens=new_tokens, progress=terminal)  # fmt: skip
+        print(_measure(what, run, preset, seconds, dict(options), decode, terminal))
     finally:
         terminal.close()
-    print(text)
+
+
+def _measure(what: str, run: Any, preset: Any, seconds: float, options: Any, decode: Any,
+             progress: Progress) -> str:  # fmt: skip
+    from glassgpt.errors import UserError
+
+    if what == "train":
+        from glassgpt.bench_train import bench_train
+
+        return bench_train(run, preset, options, seconds=seconds, progress=progress)
+    if run is None or set(options) - {"threads"} or preset:
+        raise UserError("bench decode needs a RUN, and takes no options of training")
+    from glassgpt.bench import describe_decode
+
+    return describe_decode(run, threads=options.get("threads"), progress=progress, **decode)
 
 
 def _exit_status(result: TrainResult) -> None:
