@@ -39,7 +39,7 @@ $(PYTHON):
 	$(BASE_PYTHON) -m venv $(VENV)
 
 $(STAMP)-demo: pyproject.toml constraints.txt | $(PYTHON)
-	$(call install,-e .)
+	$(call install,-e ".[fast]")
 
 $(STAMP)-dev: pyproject.toml constraints.txt | $(PYTHON)
 	$(call install,-e ".[dev]")
