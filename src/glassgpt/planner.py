@@ -332,6 +332,30 @@ def describe_budget(model: ModelConfig, expected: Expectation) -> str:
     )
 
 
+def budget_table(
+    model: ModelConfig, given: dict[str, Any], expected: Expectation, machine: runtime.Machine
+) -> str:
+    """The same and more, a line for each; at the end what was chosen, as options to copy."""
+    own = {name: given[name] for name in names_of(TrainConfig) & set(given)}
+    need = memory(model, TrainConfig(**own), **where_we_are(machine))
+    hidden = {"data", "budget", "memory", "out", "max_steps", "init_from"}
+    chosen = " ".join(f"--{name.replace('_', '-')} {given[name]}" for name in sorted(given)
+                      if name not in hidden)  # fmt: skip
+    rows = [
+        ("time", format_seconds(expected.seconds)),
+        ("model", f"{model.n_layer} layers, {model.n_head} heads, {model.n_embd} wide, "
+                  f"context {model.context_length}: {model.n_parameters:,} parameters"),
+        ("arithmetic", f"{model.flops_per_token() / 1e6:,.1f} MFLOP per token"),
+        ("speed", f"{expected.tokens_per_second:,.0f} tokens/s (measured)"),
+        ("tokens", f"{_count(expected.tokens)}, {expected.epochs:.1f} times through the text"),
+        ("memory", f"{(need.total + peak_memory()) / 1e9:,.2f} GB, at the peak"),
+        ("expected loss", f"{expected.loss:.2f} nats per token"),
+        ("in twice the time", f"{expected.loss_of_twice:.2f}"),
+        ("chosen", chosen),
+    ]  # fmt: skip
+    return "\n".join(f"{name:<19}{value}" for name, value in rows)
+
+
 def _shape_of(model: ModelConfig) -> dict[str, Any]:
     names = ("n_layer", "n_head", "n_embd", "context_length")
     return {name: getattr(model, name) for name in names}

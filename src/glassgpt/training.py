@@ -31,9 +31,8 @@ from glassgpt.data.prepare import data_key, prepare
 from glassgpt.errors import UserError, explain_os_errors
 from glassgpt.model import crop_positions, load_weights
 from glassgpt.options import names_of, resolve_options, split_options
-from glassgpt.planner import plan_budget
+from glassgpt.planner import budget_table, plan_budget
 from glassgpt.pretrained import load_pretrained, tokenizer_file
-from glassgpt.report import Expectation
 from glassgpt.runlog import ByteProgress, Progress, program, require_loggers
 from glassgpt.system import cache_dir, exclusive
 from glassgpt.trainer import Trainer, TrainResult
@@ -132,8 +131,8 @@ def plan(
     config: str | Path | None = None,
     progress: Progress | None = None,
     **options: Any,
-) -> tuple[ModelConfig, dict[str, Any], Expectation]:
-    """What `train` with a budget would do: the model, all its options, and what to expect.
+) -> str:
+    """What `train` with a budget would do, as a table: the model, its options, what to expect.
 
     Prepares the text, as training does, and measures a few steps; trains nothing.
     """
@@ -148,7 +147,7 @@ def plan(
         dataset = _open_data(given, asked, machine, progress)
         given, expected = plan_budget(given, dataset, machine, began=began, progress=progress,
                                       asked=asked)  # fmt: skip
-        return _model_config(given, dataset, None, None), given, expected
+        return budget_table(_model_config(given, dataset, None, None), given, expected, machine)
 
 
 def _hold_and_load(run: str | Path, held: contextlib.ExitStack) -> tuple:

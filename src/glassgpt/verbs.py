@@ -16,7 +16,6 @@ from cyclopts import Parameter
 
 from glassgpt.arguments import LIST, PrepareOptions, SampleOptions, TrainOptions
 from glassgpt.config import (
-    ENDLESS,
     DataConfig,
     EngineName,
     Format,
@@ -230,11 +229,10 @@ def _print_budget(data: Any, preset: Any, config: Any, elsewhere: Any, options: 
         raise UserError("a budget is planned by measuring: on this machine, without --gpu")
     terminal = Terminal()
     try:
-        _, given, _ = plan(data, preset=preset, config=config, progress=terminal, **options)
+        table = plan(data, preset=preset, config=config, progress=terminal, **options)
     finally:
         terminal.close()
-    for name in sorted(name for name in given if given[name] != ENDLESS and name != "data"):
-        print(f"{name:<22}{given[name]}")
+    print(table)
 
 
 def sample(
