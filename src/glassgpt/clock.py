@@ -18,6 +18,8 @@ from glassgpt.config import TrainConfig, seconds_of
 
 _FINISHING = 1.5  # seconds for the curve, the sample, the report and the end of the process
 _SAFETY = 1.15  # evaluations vary
+_FIRST_STEPS = 5  # behind an evaluation: they say how fast the machine is at that time
+_SLOWER = 6.0  # times: the most that is believed of a machine that changes its speed
 _STEPS_BETWEEN_EVALUATIONS = 12  # of their own duration: they take at most a twelfth of the time
 
 
@@ -29,7 +31,7 @@ class Clock:
         self.budget = None if config.budget is None else seconds_of(config.budget)
         self.steps: deque[float] = deque(maxlen=25)  # seconds of the latest
         self.evaluation_seconds = self.saving_seconds = self.sampling_seconds = 0.0
-        self.speed = 0.0  # of a step, when the evaluation was measured
+        self.speed = self.before = 0.0  # of a step, when the evaluation was measured; earlier
         self.evaluated = self.saved = self.elapsed()
 
     def elapsed(self) -> float:
@@ -40,10 +42,13 @@ class Clock:
 
     def saw_step(self, seconds: float) -> None:
         self.steps.append(seconds)
+        if not self.speed and len(self.steps) == _FIRST_STEPS:
+            self.speed = self.step_seconds
 
     def saw_evaluation(self, seconds: float) -> None:
-        self.evaluation_seconds, self.speed = seconds, self.step_seconds
-        self.evaluated = self.elapsed()
+        self.evaluation_seconds, self.evaluated = seconds, self.elapsed()
+        self.before, self.speed = self.step_seconds, 0.0
+        self.steps.clear()  # the steps that come now are of the same speed as this evaluation
 
     def saw_saving(self, seconds: float) -> None:
         self.saving_seconds, self.saved = seconds, self.elapsed()
@@ -56,7 +61,7 @@ class Clock:
     @property
     def step_seconds(self) -> float:
         """Of the latest steps the middle one: a pause counts once, a slower machine soon."""
-        return statistics.median(self.steps) if self.steps else 0.0
+        return statistics.median(self.steps) if self.steps else self.before
 
     @property
     def training_ends(self) -> float:
@@ -67,8 +72,8 @@ class Clock:
         """
         assert self.budget is not None
         slower = self.step_seconds / self.speed if self.speed else 1.0
-        evaluation = _SAFETY * self.evaluation_seconds * min(2.0, max(0.7, slower))
-        after = evaluation + 2 * self.saving_seconds + self.sampling_seconds + _FINISHING
+        known = _SAFETY * self.evaluation_seconds + 2 * self.saving_seconds + self.sampling_seconds
+        after = known * min(_SLOWER, max(1 / _SLOWER, slower)) + _FINISHING
         return max(self.budget - after, self.budget / 2)
 
     def done(self, step: int) -> float:

@@ -159,7 +159,8 @@ def _numbers(run: Path) -> list[tuple]:
 
 
 def test_two_processes_compute_what_one_does(tmp_path, book):
-    options = tiny(max_steps=8, eval_interval=4, device="cpu")
+    # Not Muon, which makes small gradients as large as others, and so their rounding errors, too.
+    options = tiny(max_steps=8, eval_interval=4, device="cpu", optimizer="adamw", dtype="float32")
     assert glassgpt("train", book, "--out", tmp_path / "one", *options).returncode == 0
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
                "--nproc-per-node", "2", "-m", "glassgpt", "train", str(book),

@@ -162,7 +162,7 @@ def test_targets_that_are_all_ignored_give_nothing(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("config", [CONFIGS["tied"], CONFIGS["untied"]], ids=["tied", "untied"])
 @pytest.mark.parametrize(("at_once", "expected"), [(4 * 37 + 5, 4), (36, 1), (37 * 33, 33)])
 def test_a_vocabulary_too_large_for_all_logits(monkeypatch, config, at_once, expected) -> None:
-    monkeypatch.setattr(step, "_LOGITS", at_once)
+    monkeypatch.setattr(step, "FUSED_LOGITS", at_once)
     model, batch = tiny_model(config), rows(config)  # 33 rows of logits
     reference, made = autograd(model, *batch), fused_step(model)
     assert_same((made(*batch, 1.0), gradients(model)), reference)
