@@ -228,9 +228,15 @@ def test_a_plan_trains_nothing(book, tmp_path):
     done = glassgpt_process("plan", book, "--budget", "1m", *options, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert re.search(r"plan: 1 layers, 64 wide, .* expected loss \d\.\d\d", done.stderr)
-    said = dict(line.split(maxsplit=1) for line in done.stdout.splitlines())
-    assert (said["budget"], said["n_layer"], said["n_embd"]) == ("1m", "1", "64")
-    assert {"context_length", "dropout", "learning_rate", "batch_tokens"} <= said.keys()
+    said = {line[:19].strip(): line[19:] for line in done.stdout.splitlines()}
+    assert said["time"] == "1m 00s"
+    assert said["model"].startswith("1 layers, 2 heads, 64 wide")
+    assert re.search(r"\d tokens/s", said["speed"])
+    assert re.fullmatch(r"\d\.\d\d nats per token", said["expected loss"])
+    assert float(said["in twice the time"]) <= float(said["expected loss"].split()[0])
+    for name in ("context-length", "dropout", "learning-rate", "batch-tokens"):
+        assert f"--{name} " in said["chosen"]
+    assert "max-steps" not in said["chosen"]
     assert os.listdir(tmp_path) == []
 
 
@@ -238,7 +244,7 @@ def test_what_a_plan_of_a_budget_refuses(book, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for elsewhere in (["--gpu", "A100"], ["--gpus", 8], ["--mfu", 0.4]):
         assert "without --gpu" in refused(capsys, "plan", book, "--budget", "5m", *elsewhere)
-    assert "nothing to plan for" in refused(capsys, "plan", "--budget", "5m")
+    assert "nothing to train on" in refused(capsys, "plan", "--budget", "5m")
     assert "is no duration" in refused(capsys, "plan", book, "--budget", "5min")
     assert "memory" in refused(capsys, "plan", book, "--budget", "5m", "--memory", "1MB")
     assert os.listdir(tmp_path) == []
