@@ -24,7 +24,7 @@ _STEPS_BETWEEN_EVALUATIONS = 12  # of their own duration: they take at most a tw
 
 
 class Clock:
-    """The time of one training, over all its sessions; `ahead` seconds were used before."""
+    """The time of one training; earlier sessions of it `used` so many seconds."""
 
     def __init__(self, config: TrainConfig, *, began: float, used: float = 0.0) -> None:
         self.config, self.began, self.used = config, began, used
