@@ -28,7 +28,8 @@ EVAL_LOGITS = 1 << 24  # numbers per evaluation batch: large batches are fast, b
 
 _MiB = 1 << 20
 # Measured with torch 2.13: what it loads when it is used; Numba with the compiled kernels.
-_OPTIMIZER_CODE, _KERNEL_CODE = 128 * _MiB, 80 * _MiB
+_OPTIMIZER_CODE, _KERNEL_CODE = 128 * _MiB, 50 * _MiB
+_PACKING = 0.15  # of the rooms of fused steps, for torch's products, which pack what they read
 _TOKENIZER = 400  # bytes for each token, by which name it goes
 _GPU_CONTEXT = 600 * _MiB  # CUDA's, cuBLAS's workspace
 # glibc keeps smaller blocks for later when they are freed, with gaps between them (measured);
@@ -247,7 +248,7 @@ def memory(
     else:
         worst = peak.total
         extra = _OPTIMIZER_CODE + how.fused * _KERNEL_CODE + _TOKENIZER * model.vocab_size
-        extra += _GAPS * peak.small
+        extra += _GAPS * peak.small + _PACKING * rooms
     held = round(gradients.total)
     activations = rooms + max(0, round(step.total) - held)
     other = round(copies + extra + worst) - (activations - rooms) - held
