@@ -119,3 +119,17 @@ def long_texts(engine: Engine) -> list[Piece]:
             engine, tokenizer, prompts, Sampling(**{"max_new_tokens": 200, **options})
         )
     ]
+
+
+def refuse(capsys, *arguments: object) -> str:
+    """The command must end with status 2 and one line; returns the line."""
+    from glassgpt.cli import main
+
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        main([str(argument) for argument in arguments])
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("glassgpt: ")]
+    assert ended.value.code == 2
+    assert len(said) == 1
+    assert "Traceback" not in said[0]
+    return said[0]

@@ -139,6 +139,7 @@ def _step(
     both, (forward, backward) = lap(), np.array(passes.seconds) - before
     parts["forward"] = both * forward / (forward + backward)
     parts["backward"] = both * backward / (forward + backward)
+    torch.nn.utils.clip_grad_norm_(passes.model.parameters(), 1.0, foreach=True)
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad()

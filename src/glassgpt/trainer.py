@@ -47,8 +47,7 @@ from glassgpt.report import Expectation, Report, TrainResult, summary, write_rep
 from glassgpt.runlog import Progress, RunLog, format_seconds, program, rewind_samples, write_sample
 from glassgpt.tokenizer import unknown_note
 
-_RESUMED = ("step", "evaluations_without_best", "evaluated_step", "samples", "spent",
-            "eval_windows")  # fmt: skip
+_RESUMED = ("step", "evaluations_without_best", "evaluated_step", "samples", "spent")
 _SMALL = 20_000_000  # parameters: a copy of them for sampling is no matter
 _EVALUATION_SHARE = 0.04  # of a budget, for one evaluation; more text than that is left out
 
@@ -110,15 +109,16 @@ class Trainer:
         self.passes.fits_in_memory = fits = state.get("fits_in_memory")
         if self.options.get("micro_batch_size") == state["options"].get("micro_batch_size"):
             self.passes.micro_batch_size = min(self.passes.micro_batch_size, fits or 1 << 62)
+        if self.clock.budget is not None:  # else --eval-batches may have been given anew
+            self.eval_windows = state.get("eval_windows", self.eval_windows)
         self.clock.used = state["seconds"]
         if state.get("plan") and self.options.get("budget") == state["options"].get("budget"):
             self.plan = Expectation(**state["plan"])
         for name in ("first_val_loss", "best_val_loss"):
             setattr(self, name, math.inf if state[name] is None else state[name])
         if self.clock.is_over(self.step) and self.evaluated_step == self.step:
-            more = (
-                "--max-steps with a larger number" if self.clock.budget is None else "more --budget"
-            )
+            by_steps = self.step >= self.config.max_steps
+            more = "--max-steps with a larger number" if by_steps else "more --budget"
             raise UserError(f"{self.run} is finished at step {self.step}; {more} goes on")
 
     def fit(self) -> TrainResult:
@@ -369,6 +369,7 @@ class Trainer:
         optimizer = optimizer_tensors(self.optimizers, self.model)
         state = {name: getattr(self, name) for name in _RESUMED}
         state |= {
+            "eval_windows": self.eval_windows,
             "fits_in_memory": self.passes.fits_in_memory,
             "seconds": self.clock.elapsed(),
             "first_val_loss": _or_none(self.first_val_loss),

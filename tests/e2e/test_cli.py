@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from conftest import refuse
 from glassgpt.checkpoint import load_model
 from glassgpt.cli import main
 from glassgpt.runlog import read_metrics
@@ -49,18 +50,6 @@ def book(tmp_path: Path) -> Path:
 def run(tmp_path: Path, book: Path) -> Path:
     main(["train", str(book), "--out", str(tmp_path / "run"), *TINY])
     return tmp_path / "run"
-
-
-def refuse(capsys, *arguments: object) -> str:
-    """The command must end with status 2 and one line; returns the line."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as ended:
-        main([str(argument) for argument in arguments])
-    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("glassgpt: ")]
-    assert ended.value.code == 2
-    assert len(said) == 1
-    assert "Traceback" not in said[0]
-    return said[0]
 
 
 # -- the way things should go --------------------------------------------------------------------

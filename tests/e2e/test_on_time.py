@@ -19,6 +19,7 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import glassgpt
+from conftest import refuse
 from glassgpt.checkpoint import load_model
 from glassgpt.cli import main
 from glassgpt.demo import demo
@@ -62,17 +63,6 @@ def in_time(budget: float, started: float) -> None:
     assert time.monotonic() - started < 2 * budget + 15
 
 
-def refused(capsys, *arguments: object) -> str:
-    """The command must end with status 2 and one line, which is returned."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as ended:
-        main([str(argument) for argument in arguments])
-    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("glassgpt: ")]
-    assert ended.value.code == 2
-    assert len(said) == 1
-    return said[0]
-
-
 def rows_of(run: Path, key: str) -> list[dict]:
     return [row for row in read_metrics(run / "metrics.jsonl") if key in row]
 
@@ -114,7 +104,7 @@ def test_a_budget_with_a_shape(run):
 
 
 def test_the_budget_is_used_up(run, capsys):
-    assert "more --budget goes on" in refused(capsys, "train", "--resume", run)
+    assert "more --budget goes on" in refuse(capsys, "train", "--resume", run)
 
 
 def test_a_budget_alone_chooses_the_shape(book, tmp_path):
@@ -206,16 +196,16 @@ def _rows(run: Path) -> list[dict]:
 
 def test_budgets_that_can_not_be(book, tmp_path, capsys):
     out = ["--out", tmp_path / "run"]
-    assert "budget=1s is too short" in refused(capsys, "train", book, "--budget", "1s", *out)
+    assert "budget=1s is too short" in refuse(capsys, "train", book, "--budget", "1s", *out)
     for text in ("soon", "5 minutes", "-5m", "0"):
-        assert "is no duration; write 30s, 5m or 1h30m" in refused(
+        assert "is no duration; write 30s, 5m or 1h30m" in refuse(
             capsys, "train", book, f"--budget={text}", *out)  # fmt: skip
-    assert "is no amount of memory" in refused(capsys, "train", book, "--memory", "much", *out)
-    said = refused(capsys, "train", book, "--budget", "1h", "--memory", "1MB", *out)
+    assert "is no amount of memory" in refuse(capsys, "train", book, "--memory", "much", *out)
+    said = refuse(capsys, "train", book, "--budget", "1h", "--memory", "1MB", *out)
     assert "memory" in said
     (tmp_path / "short.txt").write_text("short")
-    assert "too few" in refused(capsys, "train", tmp_path / "short.txt", "--budget", "1h", *out)
-    said = refused(capsys, "train", book, "--budget", "1h", "--n-embd", 101, *out)
+    assert "too few" in refuse(capsys, "train", tmp_path / "short.txt", "--budget", "1h", *out)
+    said = refuse(capsys, "train", book, "--budget", "1h", "--n-embd", 101, *out)
     assert "even" in said
     assert not (tmp_path / "run").exists()
 
@@ -243,10 +233,10 @@ def test_a_plan_trains_nothing(book, tmp_path):
 def test_what_a_plan_of_a_budget_refuses(book, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for elsewhere in (["--gpu", "A100"], ["--gpus", 8], ["--mfu", 0.4]):
-        assert "without --gpu" in refused(capsys, "plan", book, "--budget", "5m", *elsewhere)
-    assert "nothing to train on" in refused(capsys, "plan", "--budget", "5m")
-    assert "is no duration" in refused(capsys, "plan", book, "--budget", "5min")
-    assert "memory" in refused(capsys, "plan", book, "--budget", "5m", "--memory", "1MB")
+        assert "without --gpu" in refuse(capsys, "plan", book, "--budget", "5m", *elsewhere)
+    assert "nothing to train on" in refuse(capsys, "plan", "--budget", "5m")
+    assert "is no duration" in refuse(capsys, "plan", book, "--budget", "5min")
+    assert "memory" in refuse(capsys, "plan", book, "--budget", "5m", "--memory", "1MB")
     assert os.listdir(tmp_path) == []
 
 
@@ -300,8 +290,8 @@ def test_the_parts_of_a_step_add_up(run, capsys, what):
 
 def test_what_bench_refuses(run, capsys, tmp_path):
     for options in (["--n-layer", 3], ["--preset", "bigram"], ["--batch-tokens", 64]):
-        assert "no options of training" in refused(capsys, "bench", "decode", run, *options)
-    assert "needs a RUN" in refused(capsys, "bench", "decode")
-    assert "does not exist" in refused(capsys, "bench", "train", tmp_path / "nowhere")
-    assert "seconds=0" in refused(capsys, "bench", "train", "--seconds", 0)
-    assert "no preset" in refused(capsys, "bench", "train", "--preset", "gpt9")
+        assert "no options of training" in refuse(capsys, "bench", "decode", run, *options)
+    assert "needs a RUN" in refuse(capsys, "bench", "decode")
+    assert "does not exist" in refuse(capsys, "bench", "train", tmp_path / "nowhere")
+    assert "seconds=0" in refuse(capsys, "bench", "train", "--seconds", 0)
+    assert "no preset" in refuse(capsys, "bench", "train", "--preset", "gpt9")
