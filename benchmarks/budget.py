@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
 import sys
 import tempfile
@@ -36,9 +37,10 @@ from glassgpt.config import seconds_of
 from glassgpt.data.batches import TokenFiles, load_data
 
 RESULTS = Path(__file__).parent / "results" / "budget.json"
-# Layers x width, context: around what the rule would choose for half a minute to five.
-GRID = [(2, 64, 64), (2, 96, 64), (2, 128, 128), (3, 128, 128), (4, 128, 128), (4, 160, 128),
-        (4, 192, 128), (6, 192, 128), (6, 256, 256)]  # fmt: skip
+# Layers, width, context: around what the rule would choose. Up to a minute the first eight, then
+# the last eight.
+SHAPES = [(2, 64, 64), (2, 96, 64), (2, 128, 128), (3, 128, 128), (4, 128, 128), (4, 160, 128),
+          (4, 192, 128), (6, 192, 128), (4, 256, 256), (6, 256, 256)]  # fmt: skip
 
 
 def main() -> None:
@@ -49,8 +51,7 @@ def main() -> None:
         if options.what == "nanogpt":
             result = against_nanogpt(options, Path(work), folder)
         else:
-            shapes = GRID if options.what == "grid" else []
-            result = {budget: against_grid(budget, folder, Path(work), shapes, options.seed)
+            result = {budget: against_grid(budget, folder, Path(work), options)
                       for budget in options.budgets}  # fmt: skip
     keep(f"{options.what} {options.data.stem}", result)
 
@@ -85,17 +86,21 @@ def against_nanogpt(options: argparse.Namespace, work: Path, data: Path) -> dict
 
 
 def against_grid(
-    budget: str, data: Path, work: Path, shapes: list[tuple[int, int, int]], seed: int
+    budget: str, data: Path, work: Path, options: argparse.Namespace
 ) -> dict[str, Any]:
+    seed = options.seed
+    shapes = SHAPES[:8] if seconds_of(budget) <= 60 else SHAPES[-8:]
+    if options.what == "long":
+        shapes = []
     own = trained(budget, data, work / f"own-{budget}", seed)
     print(f"{budget} own choice: {own}", flush=True)
     rows = []
     for n_layer, n_embd, context in shapes:
-        options = ["--n-layer", f"{n_layer}", "--n-embd", f"{n_embd}", "--n-head",
-                   f"{n_embd // 32}", "--context-length", f"{context}"]  # fmt: skip
+        shape = ["--n-layer", f"{n_layer}", "--n-embd", f"{n_embd}", "--n-head",
+                 f"{n_embd // 32}", "--context-length", f"{context}"]  # fmt: skip
         name = f"{n_layer}x{n_embd} context {context}"
         rows.append({"shape": name} | trained(budget, data, work / f"{name}-{budget}", seed,
-                                              *options))  # fmt: skip
+                                              *shape))  # fmt: skip
         print(f"{budget} {rows[-1]}", flush=True)
     best = min([own, *rows], key=lambda row: row["val_loss"])
     return {"own": own, "grid": rows, "behind_best": round(own["val_loss"] - best["val_loss"], 4)}
@@ -109,8 +114,13 @@ def trained(budget: str, data: Path, run: Path, seed: int, *more: str) -> dict[s
     model = info["model"]
     shape = f"{model['n_layer']}x{model['n_embd']} context {model['context_length']}"
     share = took / seconds_of(budget)
+    row = re.search(
+        r"\| tokens per second \| ([\d,]+) \| ([\d,]+) \|", (run / "report.md").read_text()
+    )
+    planned, reached = (int(text.replace(",", "")) for text in row.groups()) if row else (0, 0)
     return {"seconds": round(took, 2), "share": round(share, 3), "on_time": 0.9 <= share <= 1.03,
             "chosen": shape, "steps": info["step"],
+            "tokens_per_second": reached, "planned": planned,
             "val_loss": whole_loss(from_run(run), data)}  # fmt: skip
 
 
@@ -124,7 +134,7 @@ def keep(name: str, result: dict[str, Any]) -> None:
     everything = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     about = {"date": date.today().isoformat(), "torch": torch.__version__,
              "threads": torch.get_num_threads()}  # fmt: skip
-    everything[name] = about | result
+    everything[name] = everything.get(name, {}) | about | result
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(everything, indent=1) + "\n")
 
