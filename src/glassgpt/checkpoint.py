@@ -41,6 +41,9 @@ class Checkpoint:
     weights: Mapping[str, np.ndarray]  # names of model.py; read when they are asked for
     tokenizer: Tokenizer
     info: dict[str, Any] = field(default_factory=dict)  # glassgpt.json: step, losses, options
+    chat_template: str | None = None  # Jinja, of a model that was finetuned on conversations
+    ends: tuple[int, ...] = ()  # ids that end what it writes, beside the tokenizer's end_of_text
+    labels: tuple[str, ...] = ()  # of a classifier, whose head is weights["score.weight"]
 
 
 # -- files ---------------------------------------------------------------------------------------

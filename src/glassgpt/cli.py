@@ -1,7 +1,7 @@
 """The command line: `glassgpt VERB [THING] [--options]`. Arguments in, one call, output; no logic.
 
 Nothing heavy is imported at the top: `glassgpt --help` must answer at once. The verbs' own
-signatures and help stand in verbs.py.
+signatures and help stand in verbs/.
 """
 
 from __future__ import annotations
@@ -25,6 +25,11 @@ VERBS = {
     "export": "Write a model for other programs: llama.cpp, ONNX Runtime, nanoGPT, or NumPy alone.",
     "bench": "Measure how fast a model generates or trains here, and where the time goes.",
 }
+_LEARN = {"demo", "prepare", "train", "plan"}  # in verbs/learn.py; the others in verbs/use.py
+
+
+def module_of(verb: str) -> str:
+    return f"glassgpt.verbs.{'learn' if verb in _LEARN else 'use'}"
 
 
 def make_app(arguments: list[str]) -> App:
@@ -41,7 +46,7 @@ def make_app(arguments: list[str]) -> App:
     )
     for position, (verb, summary) in enumerate(VERBS.items()):
         own_help = verb in arguments[:1]  # its docstring says more than the summary
-        app.command(f"glassgpt.verbs:{verb}", name=verb, sort_key=position,
+        app.command(f"{module_of(verb)}:{verb}", name=verb, sort_key=position,
                     help=None if own_help else summary)  # fmt: skip
     return app
 

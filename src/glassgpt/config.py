@@ -11,15 +11,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import numbers
-import os
-import re
-import types
-import typing
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from glassgpt.errors import UserError, nearest
+from glassgpt.values import bytes_of, check_seed, check_types, seconds_of
 
 Shape = Literal["gpt2", "modern"]
 Norm = Literal["layernorm", "rmsnorm"]
@@ -30,6 +26,10 @@ Format = Literal["gguf", "onnx", "nanogpt", "numpy"]  # that `export` writes
 Precision = Literal["F32", "F16", "Q8_0"]  # of the matrices in a GGUF
 EngineName = Literal["auto", "numba", "numpy", "torch", "gpu"]  # what computes when decoding
 WeightPrecision = Literal["float32", "int8", "int4", "bfloat16"]  # of the matrices in an engine
+ExampleFormat = Literal[
+    "auto", "text", "messages", "sharegpt", "alpaca", "prompt", "dialogue", "labels"
+]
+LORA_TARGETS = ("qkv", "out", "gate", "up", "down")  # matrices of a block, by model.py's names
 ENDLESS = 1 << 40  # steps: the clock of a budget says when it is over
 MOST_THREADS = 1024  # torch crashes on numbers that no machine has
 DEVICES = ("auto", "cpu", "cuda", "mps")
@@ -263,7 +263,7 @@ class DataConfig:
     ] = None
 
     def __post_init__(self) -> None:
-        _check_types(self)
+        check_types(self)
         if not 0 < self.val_fraction < 1:
             raise UserError(f"val_fraction={self.val_fraction} must lie between 0 and 1")
         if self.max_tokens is not None and self.max_tokens < 1:
@@ -325,7 +325,7 @@ class TrainConfig:
     wandb: Annotated[bool, "log to Weights & Biases as well (offline without an account)"] = False
 
     def __post_init__(self) -> None:
-        _check_types(self)
+        check_types(self)
         if self.budget is not None:
             seconds_of(self.budget)
         elif self.max_steps == ENDLESS:
@@ -343,7 +343,7 @@ class TrainConfig:
         for name in ("warmup_steps", "sample_tokens", "weight_decay"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name}={getattr(self, name)} can't be negative")
-        _check_seed(self.seed)
+        check_seed(self.seed)
         if self.threads is not None and self.threads > MOST_THREADS:
             raise UserError(f"threads={self.threads} must be at most {MOST_THREADS}")
         for name in ("learning_rate", "muon_learning_rate"):
@@ -358,6 +358,66 @@ class TrainConfig:
                 raise UserError(f"{name}={getattr(self, name)} must be in [0, 1)")
         if self.grad_clip is not None and not self.grad_clip > 0:
             raise UserError(f"grad_clip={self.grad_clip} must be greater than 0, or none")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig:
+    """What `finetune` asks beyond `train`: which examples, and which weights learn from them."""
+
+    format: Annotated[ExampleFormat, "what DATA holds [seen in its first records]"] = "auto"
+    prompt_field: Annotated[str | None, "column or key with what is asked"] = None
+    completion_field: Annotated[str | None, "column or key with what is answered"] = None
+    label_field: Annotated[str | None, "column or key with the class"] = None
+    template: Annotated[
+        str, "of a conversation: headings, chatml, or a Jinja file [the base's own, or headings]"
+    ] = "auto"
+    loss_on: Annotated[
+        Literal["assistant", "last", "all"],
+        "words to learn: the assistant's, those of its last turn, or everybody's",
+    ] = "assistant"
+    epochs: Annotated[float, "times through DATA, where --max-steps does not say it"] = 3.0
+    keep: Annotated[str | None, "text of the base's own kind: how much of it is forgotten?"] = None
+    replay: Annotated[float, "share of every batch that is taken from the text to keep"] = 0.0
+    freeze: Annotated[
+        str | None,
+        "what stays as it is: embeddings, a number of first blocks, or body (all but the head)",
+    ] = None
+    layer_decay: Annotated[float, "learning rate of a block, times that of the next"] = 1.0
+    lora_rank: Annotated[int | None, "train low-rank adapters instead of the weights"] = None
+    lora_alpha: Annotated[float | None, "their scale, divided by the rank [twice the rank]"] = None
+    lora_targets: Annotated[
+        tuple[str, ...], "adapted matrices: qkv, out, gate, up, down [all]"
+    ] = ()
+    lora_dropout: Annotated[float, "share of an adapter's inputs that is dropped"] = 0.0
+    base_weights: Annotated[
+        Literal["float32", "bfloat16", "int8"], "of the frozen matrices beside adapters"
+    ] = "float32"
+    class_weights: Annotated[bool, "rare classes weigh more in the loss"] = False
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        if not self.epochs > 0:
+            raise UserError(f"epochs={self.epochs} must be greater than 0")
+        for name in ("replay", "lora_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)} must be at least 0 and less than 1")
+        if self.replay and self.keep is None:
+            raise UserError(f"replay={self.replay} needs --keep, the text to take it from")
+        if not 0 < self.layer_decay <= 1:
+            raise UserError(f"layer_decay={self.layer_decay} must be greater than 0, at most 1")
+        if self.lora_rank is None:
+            for name in ("lora_alpha", "lora_targets", "lora_dropout"):
+                if getattr(self, name):
+                    raise UserError(f"{name} needs --lora-rank")
+            if self.base_weights != "float32":
+                raise UserError(f"base_weights={self.base_weights} needs --lora-rank: such weights "
+                                "can't be trained")  # fmt: skip
+        elif self.lora_rank < 1:
+            raise UserError(f"lora_rank={self.lora_rank} must be at least 1")
+        if self.lora_alpha is not None and not self.lora_alpha > 0:
+            raise UserError(f"lora_alpha={self.lora_alpha} must be greater than 0")
+        if wrong := sorted(set(self.lora_targets) - set(LORA_TARGETS)):
+            raise UserError(f"lora_targets={wrong[0]}: choose from {', '.join(LORA_TARGETS)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -379,12 +439,12 @@ class Sampling:
     num_samples: Annotated[int, "completions, drawn side by side"] = 1
 
     def __post_init__(self) -> None:
-        _check_types(self)
+        check_types(self)
         if self.max_new_tokens < 0:
             raise UserError(f"max_new_tokens={self.max_new_tokens} can't be negative")
         if not 1 <= self.num_samples <= _MOST_SAMPLES:
             raise UserError(f"num_samples={self.num_samples} must be 1 to {_MOST_SAMPLES:,}")
-        _check_seed(self.seed)
+        check_seed(self.seed)
         if not self.temperature >= 0:
             raise UserError(f"temperature={self.temperature} must be 0 or greater")
         if self.top_k is not None and self.top_k < 1:
@@ -397,70 +457,3 @@ class Sampling:
             raise UserError(f"repetition_penalty={self.repetition_penalty} must be 1e-9 to 1e9")
         if "" in self.stop:
             raise UserError("a stop string can't be empty")
-
-
-# -- values ------------------------------------------------------------------------------------
-
-
-def _check_types(config: DataConfig | TrainConfig | Sampling) -> None:
-    """Every field holds what its annotation says; numbers and paths are converted to it."""
-    for name, hint in typing.get_type_hints(type(config), include_extras=True).items():
-        object.__setattr__(config, name, check_value(name, getattr(config, name), hint))
-
-
-_UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-
-
-def seconds_of(duration: str) -> float:
-    """90s, 5m, 1h30m, 2d -> seconds; a number alone is seconds. Raises `UserError`."""
-    wanted = duration.replace(" ", "").lower()
-    parts = re.findall(r"(\d+(?:\.\d+)?)([smhd]?)", wanted)
-    seconds = sum(float(number) * _UNITS[unit or "s"] for number, unit in parts)
-    if "".join(number + unit for number, unit in parts) != wanted or not 0 < seconds < math.inf:
-        raise UserError(f"{duration!r} is no duration; write 30s, 5m or 1h30m")
-    return seconds
-
-
-def bytes_of(size: str) -> int:
-    """800MB, 8GB, 1.5GB -> bytes, of 10^6 and 10^9. Raises `UserError`."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([mgt])b?", size.strip().lower())
-    if found is None or not 0 < float(found[1]) < 1e30:
-        raise UserError(f"{size!r} is no amount of memory; write 800MB or 8GB")
-    return int(float(found[1]) * {"m": 1e6, "g": 1e9, "t": 1e12}[found[2]])
-
-
-def _check_seed(seed: int) -> None:
-    if not 0 <= seed < 1 << 63:
-        raise UserError(f"seed={seed} must be at least 0 and less than 2^63")
-
-
-def check_value(name: str, value: Any, hint: Any, where: str = "") -> Any:
-    """`value` as the annotation `hint` of the field `name` wants it; raises `UserError`."""
-    kind = typing.get_args(hint)[0]  # Annotated[kind, "help"]
-    if isinstance(kind, types.UnionType):
-        if value is None or value == "none":
-            return None
-        kind = next(part for part in typing.get_args(kind) if part is not type(None))
-    if isinstance(value, os.PathLike):
-        value = os.fspath(value)
-    if typing.get_origin(kind) is Literal:
-        choices = typing.get_args(kind)
-        if value not in choices:
-            raise UserError(f"{name}={value!r}{where}: choose from {', '.join(choices)}")
-        return value
-    if typing.get_origin(kind) is tuple:  # of strings; one may stand alone
-        items = [value] if isinstance(value, str) else value
-        if isinstance(items, (list, tuple)) and all(isinstance(item, str) for item in items):
-            return tuple(items)
-        raise UserError(f"{name}={value!r}{where} must be text, or a list of texts")
-    if kind in (int, float) and isinstance(value, numbers.Integral) and value is not bool(value):
-        value = int(value)  # NumPy's, too
-        if abs(value) >= 1 << 63:
-            raise UserError(f"{name}{where} is too large")
-    if kind is float and isinstance(value, numbers.Real) and value is not bool(value):
-        value = float(value)
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise UserError(f"{name}={value!r}{where} must be of type {kind.__name__}")
-    if kind is float and not math.isfinite(value):
-        raise UserError(f"{name}={value}{where} must be a finite number")
-    return value

@@ -14,8 +14,9 @@ import typing
 from pathlib import Path
 from typing import Annotated, Any
 
-from glassgpt.config import DataConfig, ModelConfig, Shape, TrainConfig, check_value
+from glassgpt.config import DataConfig, ModelConfig, Shape, TrainConfig
 from glassgpt.errors import UserError, explain_os_errors, nearest
+from glassgpt.values import check_value
 
 
 def option_types() -> dict[str, Any]:

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from glassgpt import budget, runtime
-from glassgpt.config import ModelConfig, TrainConfig, bytes_of, seconds_of
+from glassgpt.config import ModelConfig, TrainConfig
 from glassgpt.costs import (
     Card,
     Memory,
@@ -45,6 +45,7 @@ from glassgpt.passes import Passes
 from glassgpt.report import Expectation
 from glassgpt.runlog import Progress, format_seconds
 from glassgpt.system import memory_bytes, peak_memory
+from glassgpt.values import bytes_of, seconds_of
 
 # Of a card's arithmetic, where nobody says: nanoGPT's four days for GPT-2 on 8 A100 are 29 %.
 USUAL_MFU = 0.3
