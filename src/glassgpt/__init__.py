@@ -40,3 +40,11 @@ def train(data: str | Path | Sequence[str | Path] | None = None, **options: Any)
     from glassgpt.training import train as run
 
     return run(data, **options)
+
+
+def finetune(base: str | Path, data: Any = None, **options: Any) -> TrainResult:
+    """Train a model further; the options of `glassgpt finetune` by name. See
+    `glassgpt.finetuning.finetune`."""
+    from glassgpt.finetuning import finetune as run
+
+    return run(base, data, **options)

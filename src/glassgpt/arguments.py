@@ -12,7 +12,7 @@ from typing import Annotated, Any, TypedDict, get_type_hints
 
 from cyclopts import Group, Parameter
 
-from glassgpt.config import DataConfig, ModelConfig, Sampling, TrainConfig
+from glassgpt.config import DataConfig, FinetuneConfig, ModelConfig, Sampling, TrainConfig
 from glassgpt.options import names_of, option_types
 
 LIST = Parameter(consume_multiple=True, negative_iterable=())  # --weights float32 int8
@@ -51,5 +51,9 @@ _train_hints = option_types() | _hints(TrainConfig) | _hints(DataConfig)
 del _train_hints["data"]
 
 TrainOptions = _options("TrainOptions", _train_hints, _groups)
+_known = _train_hints | _hints(FinetuneConfig)
+_finetune_hints = {name: _known[name] for name in option_types("finetune") if name != "data"}
+
+FinetuneOptions = _options("FinetuneOptions", _finetune_hints, _groups)
 PrepareOptions = _options("PrepareOptions", _hints(DataConfig))
 SampleOptions = _options("SampleOptions", _hints(Sampling))

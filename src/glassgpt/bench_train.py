@@ -135,7 +135,7 @@ def _step(
     batch = text.batch(number, seed=0, n=n, T=T)
     parts["data"] = lap()
     before = np.array(passes.seconds)
-    passes.gradients(*batch, number)
+    passes.gradients(*batch, key=number)
     both, (forward, backward) = lap(), np.array(passes.seconds) - before
     parts["forward"] = both * forward / (forward + backward)
     parts["backward"] = both * backward / (forward + backward)

@@ -4,8 +4,9 @@
 
 The caller owns it and passes it to `forward`; the model keeps no state of its own. `KVCache` holds
 sequences of one length and grows with them; `RowCache` shows one forward pass rows of different
-lengths in memory that never moves. Neither knows anything of sampling or of what happens when the
-context is full (`generate.py` decides that).
+lengths in memory that never moves; `Packing` remembers nothing, and keeps apart texts that share a
+row in training. None knows anything of sampling or of what happens when the context is full
+(`generate.py` decides that).
 """
 
 from __future__ import annotations
@@ -148,3 +149,29 @@ class RowCache:
 
     def advance(self, n_tokens: int) -> None:
         """Whoever owns the rows counts."""
+
+
+class Packing:
+    """Rows in which several texts stand one behind the other: a token sees its own text alone.
+
+    positions (B, T): of the tokens in their texts; one begins wherever it is 0. What the texts have
+    in common is the row, so that short ones don't waste it.
+    """
+
+    def __init__(self, positions: torch.Tensor) -> None:
+        self._positions, T = positions, positions.size(1)
+        text = (positions == 0).cumsum(dim=1)  # (B, T): which of its row
+        same = text[:, :, None] == text[:, None, :]  # (B, T, T)
+        before = torch.ones(T, T, dtype=torch.bool, device=positions.device).tril()
+        self.mask: torch.Tensor | None = (same & before)[:, None]  # (B, 1, T, T)
+
+    def positions(self, n_tokens: int) -> torch.Tensor:
+        return self._positions
+
+    def extend(
+        self, layer: int, k: torch.Tensor, v: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return k, v
+
+    def advance(self, n_tokens: int) -> None:
+        """Nothing follows."""

@@ -158,9 +158,13 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def save_training(
-    run: Path, checkpoint: Checkpoint, optimizer: Mapping[str, np.ndarray], state: dict[str, Any]
+    run: Path,
+    checkpoint: Checkpoint | None,
+    tensors: Mapping[str, np.ndarray],
+    state: dict[str, Any],
 ) -> None:
-    """Replace `checkpoints/last` by this moment of the training.
+    """Replace `checkpoints/last` by this moment of the training: a model, what its optimizers
+    remember, numbers. None where the model is another one with adapters, which are `tensors`.
 
     The new folder is complete before the old one moves aside, so `find_training` always finds
     a whole one, whenever the process dies.
@@ -172,8 +176,9 @@ def save_training(
                 os.replace(find_training(run), folder)
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir(parents=True)
-        save_model(new, checkpoint)
-        write_tensors(new / "optimizer.safetensors", optimizer)
+        if checkpoint is not None:
+            save_model(new, checkpoint)
+        write_tensors(new / "optimizer.safetensors", tensors)
         write_json(new / "state.json", state)  # written last: its presence means complete
         if folder.exists():
             shutil.rmtree(old, ignore_errors=True)
@@ -195,11 +200,14 @@ def find_training(run: str | Path) -> Path:
     raise UserError(f"{run} has no checkpoint to resume from; start again with another --out")
 
 
-def load_training(run: str | Path) -> tuple[Checkpoint, Mapping[str, np.ndarray], dict[str, Any]]:
-    """(model, optimizer tensors, state) of the newest training checkpoint."""
+def load_training(
+    run: str | Path,
+) -> tuple[Checkpoint | None, Mapping[str, np.ndarray], dict[str, Any]]:
+    """(model, tensors, state) of the newest training checkpoint, as `save_training` had them."""
     folder = find_training(run)
     tensors = SafeTensors([folder / "optimizer.safetensors"])
-    return load_model(folder), tensors, read_json(folder / "state.json")
+    checkpoint = load_model(folder) if (folder / "config.json").exists() else None
+    return checkpoint, tensors, read_json(folder / "state.json")
 
 
 def _training_folders(run: Path) -> tuple[Path, Path, Path]:

@@ -19,13 +19,20 @@ VERBS = {
     "demo": "Train a small GPT on real text for about a minute and see what it has learned.",
     "prepare": "Turn text into token files that training can map into memory, however large.",
     "train": "Train a GPT on text and keep it as a run directory that other tools load as it is.",
+    "finetune": "Train a model further: on other text, into a chat partner, or into a classifier.",
     "plan": "Say what a training would take: memory, time and money, here or on the GPUs you name.",
     "sample": "Let a trained model continue a prompt; prints the prompt and what follows.",
     "eval": "Measure how well a model predicts a text, and what quantised weights cost.",
     "export": "Write a model for other programs: llama.cpp, ONNX Runtime, nanoGPT, or NumPy alone.",
     "bench": "Measure how fast a model generates or trains here, and where the time goes.",
 }
-_LEARN = {"demo", "prepare", "train", "plan"}  # in verbs/learn.py; the others in verbs/use.py
+_LEARN = {
+    "demo",
+    "prepare",
+    "train",
+    "finetune",
+    "plan",
+}  # in verbs/learn.py; the others in verbs/use.py
 
 
 def module_of(verb: str) -> str:

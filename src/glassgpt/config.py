@@ -332,6 +332,9 @@ class TrainConfig:
             raise UserError("without a budget, max_steps must say when to stop")
         if self.memory is not None:
             bytes_of(self.memory)
+            if self.budget is None:
+                raise UserError("memory limits the model that a --budget chooses; without one, "
+                                "choose its size yourself")  # fmt: skip
         for name in ("max_steps", "batch_tokens", "eval_interval", "log_interval"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1")

@@ -141,10 +141,11 @@ class Muon(_Optimizer):
         momentum: float,
         weight_decay: float,
         dtype: torch.dtype,
+        scale: float = 1.0,
         run: Callable[[Sequence[Callable[[], None]]], Any] = lambda calls: [c() for c in calls],
         threads: int = 1,
     ) -> None:
-        group = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+        group = {"lr": lr, "scale": scale, "momentum": momentum, "weight_decay": weight_decay}
         super().__init__([group | {"params": list(parameters)}])
         self.dtype, self.run = dtype, run
         alike: dict[tuple[int, ...], list[tuple[torch.nn.Parameter, slice]]] = {}
@@ -188,37 +189,69 @@ Optimizer = AdamW | Muon
 
 
 def make_optimizers(
-    model: GPT, config: TrainConfig, *, low_precision: bool = False, workers: Workers | None = None
+    model: GPT,
+    config: TrainConfig,
+    *,
+    layer_decay: float = 1.0,
+    low_precision: bool = False,
+    workers: Workers | None = None,
 ) -> list[Optimizer]:
-    """AdamW for all, or for all that Muon does not take.
+    """AdamW for all that learns, or for all that Muon does not take.
 
     Weight decay on matrices only: biases and norm weights are few and have no direction to shrink
-    along; embeddings are matrices and decay, as in nanoGPT.
+    along; embeddings are matrices and decay, as in nanoGPT. With `layer_decay` every block learns
+    that much slower than the next (ULMFiT, arXiv:1801.06146, section 3.2).
     """
-    hidden = dict(model.blocks.named_parameters()) if config.optimizer == "muon" else {}
-    hidden = {name: p for name, p in hidden.items() if p.dim() >= 2}
-    taken = set(map(id, hidden.values()))
-    rest = [p for p in model.parameters() if id(p) not in taken]
-    common = {"lr": config.learning_rate, "betas": (config.beta1, config.beta2)}
-    matrices, vectors = ([p for p in rest if (p.dim() >= 2) is two] for two in (True, False))
-    others = AdamW([
-        common | {"params": matrices, "weight_decay": config.weight_decay},
-        common | {"params": vectors, "weight_decay": 0.0},
-    ])  # fmt: skip
-    if not hidden:
-        return [others]
+    learning = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    scales = {name: _scale(name, model.config.n_layer, layer_decay) for name in learning}
+    muons = {
+        name
+        for name, p in learning.items()  # an adapter's matrices (lora.py) have other names
+        if config.optimizer == "muon" and name.startswith("blocks.") and name.endswith("weight")
+        and p.dim() >= 2
+    }  # fmt: skip
+    common = {"betas": (config.beta1, config.beta2)}
+    groups, optimizers = [], []
+    for scale in sorted(set(scales.values()), reverse=True):
+        alike = {name: p for name, p in learning.items() if scales[name] == scale}
+        rest = [p for name, p in alike.items() if name not in muons]
+        how = common | {"lr": config.learning_rate * scale, "scale": scale}
+        for decay, two in ((config.weight_decay, True), (0.0, False)):
+            if of_kind := [p for p in rest if (p.dim() >= 2) is two]:
+                groups.append(how | {"params": of_kind, "weight_decay": decay})
+        if hidden := {name: p for name, p in alike.items() if name in muons}:
+            optimizers.append(_muon(hidden, model, config, scale, low_precision, workers))
+    return [AdamW(groups), *optimizers]
+
+
+def _scale(name: str, n_layer: int, layer_decay: float) -> float:
+    """Of a parameter's learning rate; the head and the norm before it have 1."""
+    kind, *rest = name.split(".")
+    above = {"blocks": lambda: n_layer - 1 - int(rest[0]), "token_embedding": lambda: n_layer,
+             "position_embedding": lambda: n_layer}  # fmt: skip
+    return layer_decay ** above[kind]() if kind in above else 1.0
+
+
+def _muon(
+    hidden: dict[str, torch.nn.Parameter],
+    model: GPT,
+    config: TrainConfig,
+    scale: float,
+    low_precision: bool,
+    workers: Workers | None,
+) -> Muon:
     q, kv = (n * model.config.head_dim for n in (model.config.n_head, model.config.n_kv_head))
     threads = {} if workers is None else {"run": workers.run, "threads": workers.n}
-    muon = Muon(
+    return Muon(
         list(hidden.values()),
         [(q, kv, kv) if name.endswith("qkv.weight") else (len(p),) for name, p in hidden.items()],
-        lr=config.muon_learning_rate,
+        lr=config.muon_learning_rate * scale,
+        scale=scale,
         momentum=config.muon_momentum,
         weight_decay=config.weight_decay,
         dtype=torch.bfloat16 if low_precision else torch.float32,
         **threads,
     )
-    return [others, muon]
 
 
 _STATE = ("exp_avg", "exp_avg_sq", "step", "momentum")
@@ -264,4 +297,4 @@ def set_learning_rate(
         muon = isinstance(optimizer, Muon)
         ratio = config.muon_learning_rate / config.learning_rate if muon else 1.0
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate * ratio
+            group["lr"] = learning_rate * ratio * group["scale"]

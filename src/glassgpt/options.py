@@ -14,13 +14,20 @@ import typing
 from pathlib import Path
 from typing import Annotated, Any
 
-from glassgpt.config import DataConfig, ModelConfig, Shape, TrainConfig
+from glassgpt.config import DataConfig, FinetuneConfig, ModelConfig, Shape, TrainConfig
 from glassgpt.errors import UserError, explain_os_errors, nearest
 from glassgpt.values import check_value
 
 
-def option_types() -> dict[str, Any]:
-    """Name -> annotated type of every option of `train`, in the order people meet them."""
+def option_types(verb: str = "train") -> dict[str, Any]:
+    """Name -> annotated type of every option of `train` or `finetune`, in the order people meet
+    them. A finetuned model is the shape that its base is."""
+    if verb == "finetune":
+        theirs = option_types()
+        names = names_of(TrainConfig) - {"memory"} | names_of(DataConfig) - {"tokenizer"}
+        names |= {"data", "context_length", "dropout"}
+        own = typing.get_type_hints(FinetuneConfig, include_extras=True)
+        return own | {name: hint for name, hint in theirs.items() if name in names}
     hints: dict[str, Any] = {"data": Annotated[tuple[str, ...] | None, "what to train on"]}
     hints["shape"] = Annotated[Shape, "architecture: modern (RMSNorm, RoPE, SwiGLU) or gpt2"]
     for cls in (TrainConfig, DataConfig, ModelConfig):
@@ -51,7 +58,11 @@ def preset_names() -> list[str]:
 
 
 def resolve_options(
-    given: dict[str, Any], *, preset: str | None = None, config: str | Path | None = None
+    given: dict[str, Any],
+    *,
+    preset: str | None = None,
+    config: str | Path | None = None,
+    verb: str = "train",
 ) -> dict[str, Any]:
     """Defaults < preset < file < `given`; every value checked against its field's type.
 
@@ -66,20 +77,20 @@ def resolve_options(
                 f"The presets are: {', '.join(preset_names())}"
             )
         text = (_PRESETS / f"{preset}.toml").read_text("utf-8")
-        options |= check_options(tomllib.loads(text), f"preset {preset}")
+        options |= check_options(tomllib.loads(text), f"preset {preset}", verb)
     if config is not None:
         with explain_os_errors(f"read {config}"):
             raw = Path(config).read_bytes()
         try:
-            options |= check_options(tomllib.loads(raw.decode("utf-8")), str(config))
+            options |= check_options(tomllib.loads(raw.decode("utf-8")), str(config), verb)
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise UserError(f"{config} is not valid TOML: {error}") from error
-    return options | check_options(given, "the options")
+    return options | check_options(given, "the options", verb)
 
 
-def check_options(options: dict[str, Any], where: str) -> dict[str, Any]:
+def check_options(options: dict[str, Any], where: str, verb: str = "train") -> dict[str, Any]:
     """The same options, numbers converted to their field's type; raises `UserError`."""
-    hints = option_types()
+    hints = option_types(verb)
     checked = {}
     for name, value in options.items():
         key = name.replace("-", "_")

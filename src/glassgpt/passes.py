@@ -31,6 +31,8 @@ from glassgpt.runlog import Progress
 from glassgpt.workers import Workers, share_weights
 
 T_ = TypeVar("T_")
+# Of some rows the tokens, the targets and, where texts share a row, their positions; (B, T) each.
+Batch = tuple[np.ndarray, ...]
 
 
 class Step(Protocol):
@@ -43,7 +45,7 @@ class Step(Protocol):
     def model(self) -> GPT: ...
 
     def __call__(
-        self, tokens: np.ndarray, targets: np.ndarray, scale: float, key: int
+        self, tokens: np.ndarray, targets: np.ndarray, scale: float, key: int, *packing: np.ndarray
     ) -> torch.Tensor | float:
         """The summed loss of (B, T) tokens, whose gradients are taken times `scale`."""
         ...
@@ -59,22 +61,20 @@ class AutogradStep:
         self.seconds = np.zeros(2)
 
     def __call__(
-        self, tokens: np.ndarray, targets: np.ndarray, scale: float, key: int
+        self, tokens: np.ndarray, targets: np.ndarray, scale: float, key: int, *packing: np.ndarray
     ) -> torch.Tensor | float:
         started = time.perf_counter()
-        loss = summed_loss(self.called, tokens, targets, self.machine)
+        loss = summed_loss(self.called, (tokens, targets, *packing), self.machine)
         forward = time.perf_counter()
         self.scaler.scale(loss * scale).backward()
         self.seconds += (forward - started, time.perf_counter() - forward)
         return loss.detach()
 
 
-def summed_loss(
-    loss: Any, tokens: np.ndarray, targets: np.ndarray, machine: runtime.Machine
-) -> torch.Tensor:
+def summed_loss(loss: Any, batch: Batch, machine: runtime.Machine) -> torch.Tensor:
     """Cross-entropy, summed over the targets that count, in nats."""
     with machine.autocast():
-        return loss(*(runtime.to_device(ids, machine.device) for ids in (tokens, targets)))
+        return loss(*(runtime.to_device(array, machine.device) for array in batch))
 
 
 class Passes:
@@ -88,9 +88,12 @@ class Passes:
         *,
         rows: int,
         progress: Progress,
+        packed: bool = False,
+        **loss: Any,
     ) -> None:
+        """`rows` of this process in a step; `packed`: with positions; `loss`: of NextTokenLoss."""
         self.model, self.config, self.machine, self.progress = model, config, machine, progress
-        self.rows = rows  # of this process, in a step
+        self.rows, self.packed, self.loss = rows, packed, loss
         self.scaler = torch.amp.GradScaler(  # type: ignore[attr-defined]
             machine.device.type, enabled=machine.dtype == torch.float16
         )
@@ -101,6 +104,8 @@ class Passes:
         self.may_compile = config.compile == "on" or (
             config.compile == "auto" and machine.device.type == "cuda"
         )
+        # Of packed rows, each batch has another number of targets: no two would share a program.
+        self.may_compile = self.may_compile and not packed
         self.weights: Weights | None = None  # of the fused step
         self.workers = Workers(1)
         self.steps = self._make_steps()
@@ -112,12 +117,14 @@ class Passes:
 
     # -- what training calls ---------------------------------------------------------------------
 
-    def gradients(self, tokens: np.ndarray, targets: np.ndarray, key: int = 0) -> torch.Tensor:
+    def gradients(self, *batch: np.ndarray, key: int = 0) -> torch.Tensor:
         """Set the gradients of the mean loss of a step's rows; the mean loss of this process.
 
         `key` decides what dropout drops.
         """
-        n_targets = max(1, int(np.count_nonzero(targets != IGNORE)))
+        n_targets: float = np.count_nonzero(batch[1] != IGNORE)
+        if self.packed:  # processes may have unequal numbers; their gradients are averaged
+            n_targets = self.machine.sum(n_targets)[0] / self.machine.world
 
         def attempt() -> torch.Tensor:
             total = torch.zeros((), device=self.machine.device)
@@ -126,31 +133,31 @@ class Passes:
                 if self.machine.world > 1:  # gradients are averaged over ranks once, at the end
                     last = rows.stop >= self.rows
                     self.steps[0].called.require_backward_grad_sync = last  # type: ignore
-                for loss in self._share(work, tokens[rows], targets[rows], start):
+                for loss in self._share(work, [array[rows] for array in batch], start):
                     total += loss
             self._gather()
             return total / n_targets
 
-        def work(step: Step, tokens: np.ndarray, targets: np.ndarray, first: int) -> Any:
-            return step(tokens, targets, 1 / n_targets, hash((key, first)))
+        def work(step: Step, first: int, tokens: Any, targets: Any, *packing: Any) -> Any:
+            return step(tokens, targets, 1 / n_targets, hash((key, first)), *packing)
 
         total = self._shrinking_to_memory(attempt)
         if self.machine.world > 1:
             torch.distributed.all_reduce(total)
         return total
 
-    def losses(self, tokens: np.ndarray, targets: np.ndarray) -> float:
+    def losses(self, *batch: np.ndarray) -> float:
         """The summed loss of some rows, in the machine's precision, without dropout."""
 
         @torch.no_grad()  # here, since each thread has a switch of its own
-        def work(step: Any, tokens: np.ndarray, targets: np.ndarray, first: int) -> float:
+        def work(step: Any, first: int, *share: np.ndarray) -> float:
             step.model.eval()
             # Ranks may have unequal shares; the last, smaller batch is not worth compiling for.
-            whole = self.compiled and len(tokens) == self.micro_batch_size
+            whole = self.compiled and len(share[0]) == self.micro_batch_size
             loss = step.called if whole and self.machine.world == 1 else step.plain
-            return summed_loss(loss, tokens, targets, self.machine).item()
+            return summed_loss(loss, share, self.machine).item()
 
-        return sum(self._share(work, tokens, targets, 0))
+        return sum(self._share(work, batch, 0))
 
     def evaluate(self, work: Callable[[int], T_]) -> T_:
         """Call `work` with the number of rows for each call of `losses`, less where memory ends."""
@@ -183,7 +190,7 @@ class Passes:
         if self.weights is not None:
             self.weights.refresh()
 
-    def compile(self, tokens: np.ndarray, targets: np.ndarray) -> None:
+    def compile(self, *batch: np.ndarray) -> None:
         """Get ready for rows like these: kernels, torch.compile; what fails is said and left out.
 
         Raises nothing: a compiler fails in many ways, and training goes on without it.
@@ -191,7 +198,8 @@ class Passes:
         if self.weights is not None:
             try:
                 with first_call(f"{self.precision} training", self.progress.say):
-                    self.steps[0](tokens[:1], targets[:1], 0.0, 0)
+                    tokens, targets = (array[:1] for array in batch)
+                    self.steps[0](tokens, targets, 0.0, 0)
             except ImportError as error:
                 self._without_compiler("the fused step", error)
                 self.weights = None
@@ -205,8 +213,8 @@ class Passes:
                 self.progress.status("compiling the model (once; a minute or so)")
                 step.plain.ready_to_compile()
                 step.called = torch.compile(step.called, dynamic=False)
-                rows = slice(self.micro_batch_size)
-                step(tokens[rows], targets[rows], 0.0, 0)
+                tokens, targets = (array[: self.micro_batch_size] for array in batch)
+                step(tokens, targets, 0.0, 0)
                 self.compiled = True
             except Exception as error:
                 step.called = plain
@@ -231,7 +239,7 @@ class Passes:
             return [step]
         n = useful_workers(torch.get_num_threads(), self.micro_batch_size, n_parameters)
         if machine.device.type == "cpu" and not self.may_compile:
-            fused = can_fuse(model.config) and machine.dtype != torch.float16
+            fused = self._is_plain() and machine.dtype != torch.float16
             if fused and (n > 1 or torch.get_num_threads() == 1 or self.rows == 1):
                 return self._fused_steps(n)
             # Dropout draws from one generator for all threads: their order would matter.
@@ -241,8 +249,15 @@ class Passes:
                 return [self._autograd(each) for each in models]
         return [self._autograd(model)]
 
+    def _is_plain(self) -> bool:
+        """What the fused step computes: the whole of a modern GPT learns, from rows of one text."""
+        learning = {n: tuple(p.shape) for n, p in self.model.named_parameters() if p.requires_grad}
+        whole = learning == self.model.config.weight_shapes
+        return whole and can_fuse(self.model.config) and not self.packed and not self.loss
+
     def _autograd(self, model: GPT) -> AutogradStep:
-        return AutogradStep(model, self.machine, self.scaler, recompute=self.recompute)
+        how = self.loss | {"recompute": self.recompute}
+        return AutogradStep(model, self.machine, self.scaler, **how)
 
     def _fused_steps(self, n: int) -> Sequence[Step]:
         low = self.machine.dtype == torch.bfloat16 or (
@@ -262,15 +277,16 @@ class Passes:
                           "training goes on without it")  # fmt: skip
         self.may_compile = False
 
-    def _share(self, work: Callable[..., Any], *arguments: Any) -> list[Any]:
-        """[work(step, rows of the arrays, number of the first)] for each thread's share."""
-        *arrays, first = arguments
+    def _share(
+        self, work: Callable[..., Any], batch: Sequence[np.ndarray], first: int
+    ) -> list[Any]:
+        """[work(step, number of the first row, rows of the arrays)] for each thread's share."""
         n = len(self.steps)
-        shares = zip(*(np.array_split(array, n) for array in arrays), strict=True)
+        shares = zip(*(np.array_split(array, n) for array in batch), strict=True)
         calls, at = [], first
         for step, share in zip(self.steps, shares, strict=True):
             if len(share[0]):
-                calls.append(lambda step=step, share=share, at=at: work(step, *share, at))
+                calls.append(lambda step=step, share=share, at=at: work(step, at, *share))
             at += len(share[0])
         return self.workers.run(calls)
 
@@ -326,5 +342,5 @@ class Passes:
         self.progress.say("out of memory: going on with recomputed activations, a third slower")
         for step in self.steps:
             assert isinstance(step, AutogradStep)
-            step.called = step.plain = NextTokenLoss(step.model, recompute=True)
+            step.called = step.plain = NextTokenLoss(step.model, **self.loss, recompute=True)
         self.compiled = False

@@ -44,7 +44,7 @@ from glassgpt.options import names_of, resolve_options, split_options
 from glassgpt.passes import Passes
 from glassgpt.report import Expectation
 from glassgpt.runlog import Progress, format_seconds
-from glassgpt.system import memory_bytes, peak_memory
+from glassgpt.system import free_memory, peak_memory
 from glassgpt.values import bytes_of, seconds_of
 
 # Of a card's arithmetic, where nobody says: nanoGPT's four days for GPT-2 on 8 A100 are 29 %.
@@ -169,9 +169,8 @@ def where_we_are(machine: runtime.Machine) -> dict[str, Any]:
 def room_here(machine: runtime.Machine) -> int | None:
     """Bytes that a training may take beyond what this process has; None where nobody knows."""
     if machine.device.type == "cuda":
-        return torch.cuda.get_device_properties(machine.device).total_memory
-    there = memory_bytes()
-    return None if there is None else there - peak_memory()
+        return torch.cuda.mem_get_info(machine.device)[0]
+    return free_memory()
 
 
 def calibrate(
@@ -411,7 +410,7 @@ def _epochs(plan: Plan) -> str:
 def _fits(plan: Plan) -> str:
     if plan.room is None:
         return "unknown: this system does not say how much memory there is"
-    room = f"the {plan.room / 1e9:,.1f} GB {'of one' if plan.card else 'that are here'}"
+    room = f"the {plan.room / 1e9:,.1f} GB {'of one' if plan.card else 'that are free'}"
     if plan.micro_batch_size is None:
         return f"no, not even one sequence at a time in {room}; make the model smaller"
     most = f"--micro-batch-size {plan.micro_batch_size}"

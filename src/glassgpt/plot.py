@@ -1,20 +1,19 @@
-"""Figures of runs. `loss_curve(Path("runs/book"), vocab_size=65)`
+"""Figures of runs. `loss_curve(Path("runs/book"), guessing=(4.17, "guessing"))`
 
 Reads metrics.jsonl only; knows no model.
 """
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 from glassgpt.errors import explain_os_errors
 from glassgpt.runlog import read_metrics
 
 
-def loss_curve(run: Path, *, vocab_size: int) -> None:
-    """loss.png: training and validation loss of a run against its steps, and a line at
-    ln(vocab_size), the loss of guessing every token with equal chance."""
+def loss_curve(run: Path, *, guessing: tuple[float, str]) -> None:
+    """loss.png: training and validation loss of a run against its steps, and a line at the loss of
+    guessing with equal chance, with its name."""
     from matplotlib.figure import Figure  # pyplot would keep figures, and choose a display
 
     rows = read_metrics(run / "metrics.jsonl")
@@ -33,9 +32,7 @@ def loss_curve(run: Path, *, vocab_size: int) -> None:
         step, best = min(val, key=lambda point: point[1])
         axes.annotate(f"{best:.3f}", (step, best), textcoords="offset points",
                       xytext=(0, 8), ha="center", color="C0")  # fmt: skip
-    guessing = math.log(vocab_size)
-    label = f"guessing: ln({vocab_size:,}) = {guessing:.2f}"
-    axes.axhline(guessing, color="gray", linewidth=0.8, linestyle=":", label=label)
+    axes.axhline(guessing[0], color="gray", linewidth=0.8, linestyle=":", label=guessing[1])
     axes.set_xlabel("step")
     axes.set_ylabel("loss (nats per token)")
     axes.grid(alpha=0.2)

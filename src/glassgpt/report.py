@@ -8,7 +8,6 @@ and words, no model.
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,10 +38,11 @@ class Report:
     tokens: int
     epochs: float
     val_loss: float  # of the best model, nats per token
-    vocab_size: int
+    guessing: str  # "guessing: ln(65) = 4.17"
     spent: dict[str, float]  # part of the work -> seconds
     samples: tuple[str, ...]
     plan: Expectation | None
+    kept: tuple[float, ...] = ()  # loss on the text to keep, at the start and at the end
 
     @property
     def tokens_per_second(self) -> float:
@@ -62,6 +62,7 @@ class TrainResult:
     seconds: float
     samples: tuple[str, ...]  # the first and the latest
     summary: tuple[str, ...] = ()  # lines of the report
+    try_next: str = ""  # a verb and its arguments, to try with {run}
     signal: int | None = None  # of the signal that interrupted it; it can be resumed
 
     @property
@@ -76,6 +77,9 @@ def summary(report: Report) -> list[str]:
     """The same in a few lines."""
     lines = ["time: " + ", ".join(f"{part} {share:.0%}" for part, _, share in _parts(report))]
     plan = report.plan
+    if report.kept:
+        lines.append(f"loss on the text to keep: {report.kept[0]:.3f} before, "
+                     f"{report.kept[-1]:.3f} now")  # fmt: skip
     if plan is not None:
         lines.insert(0, (
             f"expected {plan.loss:.2f} after {plan.tokens / 1e6:,.1f} M tokens, reached "
@@ -88,13 +92,12 @@ def summary(report: Report) -> list[str]:
 
 def write_report(run: Path, report: Report) -> None:
     """report.md"""
-    plan, guessing = report.plan, math.log(report.vocab_size)
+    plan = report.plan
     lines = [f"# {run.name}", "", report.shape, ""]
     lines += ["| | planned | reached |", "|---|---:|---:|"]
     for name, planned, reached in _rows(report):
         lines.append(f"| {name} | {planned} | {reached} |")
-    lines += ["", f"Guessing every token with equal chance would be ln({report.vocab_size:,}) = "
-              f"{guessing:.3f}; the dotted line of the curve."]  # fmt: skip
+    lines += ["", f"The dotted line of the curve is {report.guessing}, all choices alike."]
     lines += ["", "![loss](loss.png)", ""]
     lines += ["## Where the time went", "", "| | seconds | share |", "|---|---:|---:|"]
     for part, seconds, share in _parts(report):
@@ -124,7 +127,7 @@ def _rows(report: Report) -> list[tuple[str, str, str]]:
         return text if plan is not None else "-"
 
     p = plan or Expectation(0, 0, 0, 0, 0, 0)
-    return [
+    rows = [
         ("time", planned(format_seconds(p.seconds)), format_seconds(report.seconds)),
         ("tokens seen", planned(f"{p.tokens:,}"), f"{report.tokens:,} ({report.steps:,} steps)"),
         ("times through the text", planned(f"{p.epochs:.1f}"), f"{report.epochs:.1f}"),
@@ -132,6 +135,10 @@ def _rows(report: Report) -> list[tuple[str, str, str]]:
          f"{report.tokens_per_second:,.0f}"),
         ("validation loss (nats per token)", planned(f"{p.loss:.2f}"), f"{report.val_loss:.4f}"),
     ]  # fmt: skip
+    if report.kept:
+        before, now = (f"{loss:.4f}" for loss in (report.kept[0], report.kept[-1]))
+        rows.append(("loss on the text to keep", f"{before} before", now))
+    return rows
 
 
 def _parts(report: Report) -> list[tuple[str, float, float]]:

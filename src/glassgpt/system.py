@@ -115,6 +115,16 @@ def memory_bytes() -> int | None:
     return min(known, default=None)
 
 
+def free_memory() -> int | None:
+    """Memory that this process may still take while other programs keep theirs; None where nobody
+    knows. Linux alone says it; elsewhere it is all there is."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return min(int(line.split()[1]) * 1024, memory_bytes() or 1 << 62)
+    return memory_bytes()
+
+
 def peak_memory() -> int:
     """The most bytes that this process has had in memory until now."""
     with contextlib.suppress(OSError):  # what getrusage says includes the process that began us

@@ -1,6 +1,6 @@
 """One loop for all training: batches in, a run directory out; stoppable and resumable anywhere.
 
-    result = Trainer(run, model_config, train_config, dataset, machine, progress, options).fit()
+    result = Trainer(run, model, train_config, dataset, machine, progress, options).fit()
 
 Everything that varies between steps (batch, learning rate, dropout) is a function of (seed,
 step), so a resumed run repeats the uninterrupted one bit for bit on a CPU. This room knows the
@@ -26,14 +26,10 @@ import torch
 from glassgpt import checkpoint as ckpt
 from glassgpt import runtime
 from glassgpt.clock import Clock
-from glassgpt.config import ModelConfig, Sampling, TrainConfig
-from glassgpt.data.batches import IGNORE, Dataset, TokenFiles
-from glassgpt.engine import Engine
-from glassgpt.engine.cpu import NumpyEngine
-from glassgpt.engine.reference import ReferenceEngine
+from glassgpt.config import TrainConfig
+from glassgpt.data.batches import IGNORE, Dataset, Split
 from glassgpt.errors import UserError
-from glassgpt.generate import complete
-from glassgpt.model import GPT, load_weights
+from glassgpt.model import GPT
 from glassgpt.optim import (
     learning_rate_at,
     make_optimizers,
@@ -45,10 +41,10 @@ from glassgpt.passes import Passes
 from glassgpt.plot import loss_curve
 from glassgpt.report import Expectation, Report, TrainResult, summary, write_report
 from glassgpt.runlog import Progress, RunLog, format_seconds, program, rewind_samples, write_sample
-from glassgpt.tokenizer import unknown_note
+from glassgpt.tasks import TextTask
 
-_RESUMED = ("step", "evaluations_without_best", "evaluated_step", "samples", "spent")
-_SMALL = 20_000_000  # parameters: a copy of them for sampling is no matter
+_RESUMED = ("step", "evaluations_without_best", "evaluated_step", "samples", "spent", "kept")
+_KEPT_TOKENS = 1 << 16  # of the text to keep are enough to see whether it is forgotten
 _EVALUATION_SHARE = 0.04  # of a budget, for one evaluation; more text than that is left out
 
 
@@ -58,13 +54,14 @@ class Trainer:
     def __init__(
         self,
         run: Path,
-        model_config: ModelConfig,
+        model: GPT,
         config: TrainConfig,
         data: Dataset,
         machine: runtime.Machine,
         progress: Progress,
         options: dict[str, Any],
         *,
+        task: TextTask | None = None,
         began: float | None = None,
         plan: Expectation | None = None,
     ) -> None:
@@ -72,15 +69,15 @@ class Trainer:
         expected of it."""
         self.run, self.config, self.data, self.machine = run, config, data, machine
         self.progress, self.options, self.plan = progress, options, plan
-        torch.manual_seed(config.seed)
-        self.model = GPT(model_config).to(machine.device)
-        self.T = model_config.context_length
+        self.model, self.task = model, task or TextTask(data.tokenizer, config)
+        self.T = model.config.context_length
         rows = max(1, round(config.batch_tokens / self.T / machine.world))
         self.rows_per_rank, self.rows_per_step = rows, rows * machine.world
-        self.passes = Passes(self.model, config, machine, rows=rows, progress=progress)
+        self.passes = Passes(model, config, machine, rows=rows, progress=progress,
+                             packed=data.packed, **self.task.loss)  # fmt: skip
         self.optimizers = make_optimizers(
-            self.model, config, low_precision=self.passes.precision == "bfloat16",
-            workers=self.passes.workers,
+            model, config, layer_decay=self.task.layer_decay,
+            low_precision=self.passes.precision == "bfloat16", workers=self.passes.workers,
         )  # fmt: skip
         self.scaler = self.passes.scaler
         self.step = 0
@@ -91,16 +88,20 @@ class Trainer:
         self.evaluations_without_best = 0
         self.evaluated_step: int | None = None
         self.samples: list[str] = []
+        self.kept: list[float] = []  # losses on the text to keep: the first and the latest
         self.recent: deque[float] = deque(maxlen=50)
         self._unread: tuple[torch.Tensor, torch.Tensor, float] | None = None
 
     def restore(
-        self, saved: ckpt.Checkpoint, optimizer: Mapping[str, np.ndarray], state: dict[str, Any]
+        self,
+        saved: ckpt.Checkpoint | None,
+        tensors: Mapping[str, np.ndarray],
+        state: dict[str, Any],
     ) -> None:
         """Continue where `save` left off."""
-        load_weights(self.model, saved.weights)
+        self.task.restore(self.model, saved, tensors)
         self.passes.weights_changed()
-        restore_optimizers(self.optimizers, self.model, optimizer)
+        restore_optimizers(self.optimizers, self.model, tensors)
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         for name in _RESUMED:
@@ -172,7 +173,7 @@ class Trainer:
             return
         windows, took, loss = self._try_evaluation(0.01 * clock.budget)
         allowed = round(_EVALUATION_SHARE * clock.budget / took)
-        there = max(1, (len(self.data.val) - 1) // self.T)
+        there = self.data.val.count(self.T)
         if self.eval_windows is None and there > allowed:
             self.eval_windows = round(self._agreed(max(1, allowed)))
         clock.saw_evaluation(took * (self.eval_windows or there))
@@ -193,7 +194,7 @@ class Trainer:
             started = time.monotonic()
             loss = self.evaluate(self.data.val, windows=windows)
             took = self._agreed(time.monotonic() - started)
-            if took >= seconds / 2 or windows * self.T >= len(self.data.val) or loss is None:
+            if took >= seconds / 2 or windows >= self.data.val.count(self.T) or loss is None:
                 return windows, max(took, 1e-9) / windows, loss
             windows *= 2
 
@@ -208,7 +209,7 @@ class Trainer:
         with self._timed("data"):
             batch = self._batch()
         with self._timed("forward and backward"):
-            loss = self.passes.gradients(*batch, key)
+            loss = self.passes.gradients(*batch, key=key)
         with self._timed("optimizer"):
             for optimizer in self.optimizers:
                 self.scaler.unscale_(optimizer)  # type: ignore[arg-type]
@@ -304,34 +305,44 @@ class Trainer:
         self.evaluations_without_best = 0 if better else self.evaluations_without_best + 1
         if better:
             self.best_val_loss = val_loss
-        self._write(val_loss=val_loss)
+        more = self._keep_loss()
+        self._write(val_loss=val_loss, **more)
         if self.machine.is_main:
             if better:
                 with self._timed("saving"):
-                    ckpt.save_model(self.run, self._checkpoint())
+                    self.task.save(self.run, self.model, self._info())
             with self._timed("samples"):
                 self._sample()
         self.save()
         note = "" if better else f" (best {self.best_val_loss:.4f})"
+        note += "".join(f"  {name.replace('_', ' ')} {loss:.4f}" for name, loss in more.items())
         took = format_seconds(self.clock.elapsed())
         self.progress.say(f"step {self.step:>6,}  val loss {val_loss:.4f}{note}  {took}")
         self._tick, self._tick_step = time.monotonic(), self.step
 
-    def evaluate(self, split: TokenFiles, *, windows: int | None = None) -> float | None:
+    def _keep_loss(self) -> dict[str, float]:
+        """Of the text that should not be forgotten, if there is one."""
+        if self.data.keep is None:
+            return {}
+        loss = self.evaluate(self.data.keep, windows=max(1, _KEPT_TOKENS // self.T))
+        self.kept = [*self.kept[:1], loss] if loss is not None else self.kept
+        return {} if loss is None else {"keep_loss": loss}
+
+    def evaluate(self, split: Split, *, windows: int | None = None) -> float | None:
         """Mean loss over a split, or over `windows` spread over it; None when asked to stop."""
 
         def work(rows: int) -> tuple[float, float]:
             batches = split.windows(n=rows, T=self.T, rank=machine.rank, world=machine.world,
                                     limit=windows)  # fmt: skip
             total = count = 0.0
-            for number, (tokens, targets) in enumerate(batches):
+            for number, batch in enumerate(batches):
                 if self._stop_now():
                     break
                 if number % 64 == 63:
-                    share = count * machine.world / (windows * self.T if windows else len(split))
+                    share = number * rows * machine.world / (windows or split.count(self.T))
                     self.progress.status(f"evaluating: {share:.0%} of the validation text")
-                total += self.passes.losses(tokens, targets)
-                count += int(np.count_nonzero(targets != IGNORE))
+                total += self.passes.losses(*batch)
+                count += int(np.count_nonzero(batch[1] != IGNORE))
             return total, count
 
         machine = self.machine
@@ -339,21 +350,11 @@ class Trainer:
         return None if self._stop_now() else total / count
 
     def _sample(self) -> None:
-        if not self.config.sample_tokens:
-            return
         started = time.monotonic()
-        tokenizer, prompt = self.data.tokenizer, self.config.sample_prompt
-        ids = tokenizer.encode(prompt, special=True) if prompt else []
-        how = Sampling(max_new_tokens=self.config.sample_tokens, temperature=0.8, top_k=200)
-        config = self.model.config
-        engine: Engine = ReferenceEngine(self.model)
-        if self.machine.device.type == "cpu" and config.n_parameters < _SMALL:
-            engine = NumpyEngine(config, self._checkpoint().weights)  # torch takes its time
-        [piece] = complete(engine, tokenizer, [ids], how)
-        text = (prompt or "") + piece.text
-        self.samples = [*self.samples[:1], text]
-        write_sample(self.run / "samples.md", self.step, text)
-        self.clock.saw_sampling(time.monotonic() - started)
+        if text := self.task.show(self.model):
+            self.samples = [*self.samples[:1], text]
+            write_sample(self.run / "samples.md", self.step, text)
+            self.clock.saw_sampling(time.monotonic() - started)
 
     # -- keeping ---------------------------------------------------------------------------------
 
@@ -366,11 +367,13 @@ class Trainer:
             if not math.isfinite(loss.item() + norm.item()) and not self.scaler.is_enabled():
                 self._diverged(loss.item(), norm.item(), rate)
         started = time.monotonic()
-        optimizer = optimizer_tensors(self.optimizers, self.model)
+        saved, tensors = self.task.to_resume(self.model, self._info())
+        tensors |= optimizer_tensors(self.optimizers, self.model)
         state = {name: getattr(self, name) for name in _RESUMED}
         state |= {
             "eval_windows": self.eval_windows,
             "fits_in_memory": self.passes.fits_in_memory,
+            "verb": self.task.verb,
             "seconds": self.clock.elapsed(),
             "first_val_loss": _or_none(self.first_val_loss),
             "best_val_loss": _or_none(self.best_val_loss),
@@ -380,18 +383,14 @@ class Trainer:
             "data_path": str(self.data.path.absolute()),
             "data_fingerprint": self.data.fingerprint,
         }
-        ckpt.save_training(self.run, self._checkpoint(), optimizer, state)
+        ckpt.save_training(self.run, saved, tensors, state)
         took = time.monotonic() - started
         self.spent["saving"] = self.spent.get("saving", 0.0) + took
         self.clock.saw_saving(took)
 
-    def _checkpoint(self) -> ckpt.Checkpoint:
-        weights = {
-            name: tensor.detach().cpu().numpy()
-            for name, tensor in self.model.state_dict().items()
-            if name in self.model.config.weight_shapes
-        }
-        info = {
+    def _info(self) -> dict[str, Any]:
+        """What glassgpt.json says of it."""
+        return {
             "torch_version": torch.__version__,
             "parameters": self.model.config.n_parameters,
             "step": self.step,
@@ -400,7 +399,6 @@ class Trainer:
             "options": self.options,
             "train": dataclasses.asdict(self.config),
         }
-        return ckpt.Checkpoint(self.model.config, weights, self.data.tokenizer, info)
 
     def _finish(self, finished: bool) -> TrainResult:
         self.progress.close()
@@ -408,7 +406,7 @@ class Trainer:
         if self.log is not None:
             self.log.close()
             if self.evaluated_step is not None:
-                loss_curve(self.run, vocab_size=self.model.config.vocab_size)
+                loss_curve(self.run, guessing=self.task.guessing(self.model))
         if not finished:
             self.progress.say(f"stopped at step {self.step:,}; go on with: {self._how_to_resume}")
         elif not self.clock.is_over(self.step):
@@ -420,33 +418,31 @@ class Trainer:
             write_report(self.run, report)
         return TrainResult(self.run, self.step, self.first_val_loss, self.best_val_loss,
                            self.clock.elapsed(), tuple(self.samples), tuple(summary(report)),
-                           stopped_by)  # fmt: skip
+                           self.task.try_next, stopped_by)  # fmt: skip
 
     def _report(self) -> Report:
         tokens = self._tokens(self.step)
         return Report(
             shape=self._shape(), seconds=self.clock.elapsed(), steps=self.step, tokens=tokens,
-            epochs=tokens / len(self.data.train), val_loss=self.best_val_loss,
-            vocab_size=self.model.config.vocab_size, spent=self.spent,
-            samples=tuple(self.samples), plan=self.plan,
+            epochs=self._epochs(self.step), val_loss=self.best_val_loss,
+            guessing=self.task.guessing(self.model)[1], spent=self.spent,
+            samples=tuple(self.samples), plan=self.plan, kept=tuple(self.kept),
         )  # fmt: skip
 
     # -- small things ----------------------------------------------------------------------------
 
     @property
     def _how_to_resume(self) -> str:
-        return f"{program()} train --resume {shlex.quote(str(self.run))}"
+        return f"{program()} {self.task.verb} --resume {shlex.quote(str(self.run))}"
 
     def _describe(self) -> None:
         if not self.machine.is_main:
             return
-        data = self.data
         accumulated = math.ceil(self.rows_per_rank / self.passes.micro_batch_size)
-        self.progress.say(f"{self._shape()} · {len(data.train):,} training tokens, "
+        self.progress.say(f"{self._shape()} · {len(self.data.train):,} training tokens, "
                           f"vocabulary {self.model.config.vocab_size:,}")  # fmt: skip
         steps = self.config.max_steps
-        epochs = self._tokens(steps) / len(data.train)
-        length = f"{steps:,} steps of {self._tokens(1):,} tokens ({epochs:.1f} epochs)"
+        length = f"{steps:,} steps of {self._tokens(1):,} tokens ({self._epochs(steps):.1f} epochs)"
         if self.clock.budget is not None:
             left = format_seconds(self.clock.left(self.step))
             length = f"steps of {self._tokens(1):,} tokens, for {left}"
@@ -454,8 +450,8 @@ class Trainer:
             length + (f", {accumulated} micro-batches a step" if accumulated > 1 else "")
             + f", on {self.machine.device} in {self.passes.precision} -> {self.run}"
         )  # fmt: skip
-        if note := unknown_note(data.tokenizer, self.config.sample_prompt or ""):
-            self.progress.say(f"note: --sample-prompt: {note}")
+        if note := self.task.note():
+            self.progress.say(note)
 
     def _shape(self) -> str:
         config = self.model.config
@@ -474,6 +470,9 @@ class Trainer:
 
     def _tokens(self, steps: int) -> int:
         return steps * self.rows_per_step * self.T
+
+    def _epochs(self, steps: int) -> float:
+        return steps * self.rows_per_step / self.data.train.count(self.T)
 
     def _agreed(self, value: float) -> float:
         """The main process's value, in all: with a budget, each has a clock of its own."""

@@ -29,7 +29,7 @@ from glassgpt.data import sources
 from glassgpt.data.batches import Dataset, is_prepared, load_data
 from glassgpt.data.prepare import data_key, prepare
 from glassgpt.errors import UserError, explain_os_errors
-from glassgpt.model import crop_positions, load_weights
+from glassgpt.model import GPT, crop_positions, load_weights
 from glassgpt.options import names_of, resolve_options, split_options
 from glassgpt.planner import budget_table, plan_budget
 from glassgpt.pretrained import load_pretrained, tokenizer_file
@@ -43,7 +43,7 @@ _MODEL_FILES = (
 )
 _RUN_FILES = re.compile(
     rf"\.?({_MODEL_FILES}|metrics\.jsonl|samples\.md|report\.md)(\.partial)?"
-    r"|(\.partial-)?loss\.png|checkpoints|tensorboard|wandb|\.lock"
+    r"|(\.partial-)?(loss|confusion)\.png|adapter|checkpoints|tensorboard|wandb|\.lock"
 )
 # Those that only we write: a downloaded model has none of them.
 _OWN_FILES = {"glassgpt.json", "metrics.jsonl", "checkpoints"}
@@ -70,14 +70,14 @@ def train(
     from this call. Raises `UserError` for anything the caller can put right.
     """
     progress, began = progress or Progress(), began or time.monotonic()
-    names = _names(data)
+    names = names_in(data)
     given = resolve_options(options, preset=preset, config=config)
     asked = set(resolve_options(options, config=config))  # a preset asks for nothing by name
     with contextlib.ExitStack() as held:
         saved = base = None
         if resume is not None:
-            _check_resumable(given, resume, overwrite, init_from)
-            saved = _hold_and_load(resume, held)
+            check_resumable(given, resume, overwrite, init_from)
+            saved = hold_and_load(resume, held, "train")
             given = saved[2]["options"] | given | {"out": os.fspath(resume)}
             if given.get("init_from"):  # the base's tokenizer, which the cache may have lost
                 given["tokenizer"] = tokenizer_file(saved[0].tokenizer)
@@ -86,14 +86,15 @@ def train(
         elif init_from is not None:
             base = load_pretrained(init_from, progress)
             given = _options_for(base, given, asked, os.fspath(init_from))
-        given["data"] = _required(names or given.get("data"))
+        given["data"] = required(names or given.get("data"))
+        check_pace(given, asked)
         config_now = split_options(given)[2]
         require_loggers(tensorboard=config_now.tensorboard, wandb=config_now.wandb)
         held.callback(torch.set_num_threads, torch.get_num_threads())  # the caller's
         machine = runtime.start(config_now)
         held.callback(runtime.stop)
         with _hint_of_moved_text(resume if saved is not None and not names else None):
-            dataset = _open_data(given, asked, machine, progress)
+            dataset = open_data(given, asked, machine, progress)
         if saved is None:
             given |= _stored_options(given["data"]) or {}
         elif saved[2]["data_fingerprint"] != dataset.fingerprint:
@@ -139,23 +140,27 @@ def plan(
     began, progress = time.monotonic(), progress or Progress()
     given = resolve_options(options, preset=preset, config=config)
     asked = set(resolve_options(options, config=config))
-    given["data"] = _required(_names(data) or given.get("data"))
+    given["data"] = required(names_in(data) or given.get("data"))
     with contextlib.ExitStack() as held:
         held.callback(torch.set_num_threads, torch.get_num_threads())
         machine = runtime.start(split_options(given)[2])
         held.callback(runtime.stop)
-        dataset = _open_data(given, asked, machine, progress)
+        dataset = open_data(given, asked, machine, progress)
         given, expected = plan_budget(given, dataset, machine, began=began, progress=progress,
                                       asked=asked)  # fmt: skip
         return budget_table(_model_config(given, dataset, None, None), given, expected, machine)
 
 
-def _hold_and_load(run: str | Path, held: contextlib.ExitStack) -> tuple:
+def hold_and_load(run: str | Path, held: contextlib.ExitStack, verb: str) -> tuple:
     """What `ckpt.load_training` gives; locked before it is read, lest another process moves on."""
     if int(os.environ.get("RANK", 0)) == 0:
         folder = ckpt.find_training(run).parents[1]
         held.enter_context(exclusive(folder, folder / ".lock"))
-    return ckpt.load_training(run)
+    saved = ckpt.load_training(run)
+    if (made_by := saved[2].get("verb", "train")) != verb:
+        raise UserError(f"{run} was made by {made_by}; go on with: {program()} {made_by} --resume "
+                        f"{shlex.quote(os.fspath(run))}")  # fmt: skip
+    return saved
 
 
 def _make_trainer(
@@ -172,41 +177,60 @@ def _make_trainer(
     """A trainer that is ready to go, in a run directory of its own."""
     config, model_config = split_options(given)[2], _model_config(given, data, saved, base)
     data.check_fits(model_config.context_length)
-
-    def own_run() -> Path:
-        run = Path(config.out) if config.out else new_folder(given["data"][0])
-        if saved is None:
-            if overwrite:
-                inputs = [*given["data"], given.get("val"), given.get("init_from")]
-                _check_outside(run, [name for name in inputs if name])
-            held.enter_context(_own(run, overwrite))
-        return run
-
-    run = machine.on_main(own_run)
-    try:
-        trainer = Trainer(run, model_config, config, data, machine, progress, given, **clock)
+    run = machine.on_main(lambda: own_run(given, saved is not None, overwrite, held))
+    with explain_memory(model_config):
+        torch.manual_seed(config.seed)
+        model = GPT(model_config).to(machine.device)
         if base is not None:
-            load_weights(trainer.model, crop_positions(base.weights, model_config))
-            trainer.passes.weights_changed()
-    except (RuntimeError, MemoryError) as error:
-        if not runtime.is_out_of_memory(error):
-            raise
-        raise UserError(f"a model of {model_config.n_parameters:,} parameters does not fit in "
-                        "memory; make it smaller") from error  # fmt: skip
+            load_weights(model, crop_positions(base.weights, model_config))
+        trainer = Trainer(run, model, config, data, machine, progress, given, **clock)
     if saved is not None:
         trainer.restore(*saved)
     elif machine.is_main:
-        _empty(run)  # an old run goes only now, when nothing keeps the new one from starting
+        empty(run)  # an old run goes only now, when nothing keeps the new one from starting
     return trainer
 
 
-def _required(names: Sequence[str] | None) -> tuple[str, ...]:
+def own_run(
+    given: dict[str, Any], resumed: bool, overwrite: bool, held: contextlib.ExitStack
+) -> Path:
+    """The run directory, held for this process alone; what was there before is there still."""
+    run = Path(given["out"]) if given.get("out") else new_folder(given["data"][0])
+    if not resumed:
+        if overwrite:
+            inputs = [*given["data"], *(given.get(name) for name in ("val", "init_from", "keep"))]
+            _check_outside(run, [name for name in inputs if name])
+        held.enter_context(_own(run, overwrite))
+    return run
+
+
+@contextlib.contextmanager
+def explain_memory(config: ModelConfig) -> Iterator[None]:
+    """What torch says of memory in many ways, as one `UserError`."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not runtime.is_out_of_memory(error):
+            raise
+        raise UserError(f"a model of {config.n_parameters:,} parameters does not fit in "
+                        "memory; make it smaller") from error  # fmt: skip
+
+
+def check_pace(given: dict[str, Any], asked: set[str]) -> None:
+    """With a budget, the clock says when to evaluate and to save."""
+    counted = sorted({"eval_interval", "checkpoint_interval"} & asked)
+    if given.get("budget") and counted:
+        raise UserError(f"{counted[0]} counts steps; with a --budget the clock decides, so leave "
+                        "it out")  # fmt: skip
+
+
+def required(names: Sequence[str] | None) -> tuple[str, ...]:
     if not names:
         raise UserError("nothing to train on; name a text file, a folder or a corpus")
     return tuple(names)
 
 
-def _names(data: Any) -> list[str]:
+def names_in(data: Any) -> list[str]:
     names = [data] if isinstance(data, (str, os.PathLike)) or data is None else data
     try:
         return [os.fspath(name) for name in names if name is not None]
@@ -221,13 +245,13 @@ def _model_config(
         return saved[0].config
     options = split_options(given)[0]
     if base is not None:
-        return _adopt(data, base, options, given["init_from"])
+        return adopt(data, base, options, given["init_from"])
     return ModelConfig.from_shape(
         options.pop("shape"), vocab_size=data.tokenizer.vocab_size, **options
     )
 
 
-def _check_resumable(
+def check_resumable(
     given: dict[str, Any], run: str | Path, overwrite: bool, init_from: str | Path | None
 ) -> None:
     """A run goes on where it is, as what it is: only the training options may change."""
@@ -256,7 +280,7 @@ def _options_for(
     return gentle | kept | {"tokenizer": tokenizer_file(base.tokenizer), "init_from": name}
 
 
-def _adopt(data: Dataset, base: ckpt.Checkpoint, options: dict[str, Any], name: str) -> ModelConfig:
+def adopt(data: Dataset, base: ckpt.Checkpoint, options: dict[str, Any], name: str) -> ModelConfig:
     """The config of `base` with the context and dropout asked for; `data` take its tokenizer."""
     theirs, ours = base.tokenizer, data.tokenizer
     same = theirs.vocab_size == ours.vocab_size and all(
@@ -273,7 +297,7 @@ def _adopt(data: Dataset, base: ckpt.Checkpoint, options: dict[str, Any], name: 
     return dataclasses.replace(base.config, **chosen)
 
 
-def _open_data(
+def open_data(
     given: dict[str, Any],
     asked: set[str],
     machine: runtime.Machine,
@@ -349,7 +373,7 @@ def _own(run: Path, overwrite: bool) -> Iterator[None]:
             run.rmdir()
 
 
-def _empty(run: Path) -> None:
+def empty(run: Path) -> None:
     with explain_os_errors(f"write {run}"):
         for path in run.iterdir():
             if path.is_dir() and not path.is_symlink():

@@ -46,7 +46,7 @@ class Workers:
 
 def share_weights(model: torch.nn.Module) -> torch.nn.Module:
     """A second model on the same weights in memory, with gradients of its own."""
-    other = copy.deepcopy(model)
-    for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
-        theirs.data = mine.data
-    return other
+    shared = {
+        id(p): torch.nn.Parameter(p.data, requires_grad=p.requires_grad) for p in model.parameters()
+    }
+    return copy.deepcopy(model, shared)  # which takes these for the copies it has made already

@@ -66,7 +66,7 @@ def rows(seed: int = 3) -> tuple[np.ndarray, np.ndarray]:
 
 def gradients(passes: Passes, key: int = 0) -> tuple[float, Gradients]:
     """Of a step, taken away from the model."""
-    loss = passes.gradients(*rows(), key).item()
+    loss = passes.gradients(*rows(), key=key).item()
     found = {n: p.grad for n, p in passes.model.named_parameters() if p.grad is not None}
     assert len(found) == len(list(passes.model.parameters()))
     passes.model.zero_grad(set_to_none=True)
@@ -239,7 +239,7 @@ def test_fused_dropout_is_a_function_of_the_key_in_every_thread():
     passes = make_passes("fused", dropout=0.3, micro_batch_size=2)
     [step] = passes.steps
     passes.steps = [lambda *a: seen.append(a[3]) or step(*a)]  # type: ignore[list-item]
-    passes.gradients(*rows(), 1)
+    passes.gradients(*rows(), key=1)
     assert len(set(seen)) == 3
 
 

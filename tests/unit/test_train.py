@@ -22,6 +22,7 @@ from glassgpt.data.batches import load_data
 from glassgpt.data.prepare import prepare
 from glassgpt.engine.compiled import load_kernels
 from glassgpt.errors import UserError
+from glassgpt.model import GPT
 from glassgpt.runlog import Progress, read_metrics
 from glassgpt.trainer import Trainer
 from glassgpt.training import new_folder, train
@@ -63,7 +64,7 @@ def make_trainer(text: str, run: Path, **options) -> Trainer:
     model = {name: TINY[name] for name in ("n_layer", "n_head", "n_embd", "context_length")}
     config = ModelConfig.from_shape("modern", vocab_size=data.tokenizer.vocab_size, **model)
     train_config = TrainConfig(**{"batch_tokens": 66, "device": "cpu", **options})
-    return Trainer(run / "run", config, train_config, data, runtime.start(train_config),
+    return Trainer(run / "run", GPT(config), train_config, data, runtime.start(train_config),
                    Progress(), {})  # fmt: skip
 
 

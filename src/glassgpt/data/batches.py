@@ -14,6 +14,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -23,6 +24,27 @@ from glassgpt.errors import UserError, explain_os_errors, first_of
 from glassgpt.tokenizer import Tokenizer, fingerprint, load_tokenizer
 
 IGNORE = -100  # a target that carries no loss
+
+
+class Split(Protocol):
+    """Rows to learn from or to be judged by: tokens and targets, (n, T) int64 each, and where texts
+    share a row a third array, the positions of tokens in their texts."""
+
+    def __len__(self) -> int:
+        """Tokens."""
+        ...
+
+    def count(self, T: int) -> int:
+        """How many rows `windows` gives."""
+        ...
+
+    def batch(
+        self, step: int, *, seed: int, n: int, T: int, rows: slice = slice(None)
+    ) -> tuple[np.ndarray, ...]: ...
+
+    def windows(
+        self, *, n: int, T: int, limit: int | None = None, rank: int = 0, world: int = 1
+    ) -> Iterator[tuple[np.ndarray, ...]]: ...
 
 
 class TokenFiles:
@@ -35,6 +57,9 @@ class TokenFiles:
 
     def __len__(self) -> int:
         return int(self.ends[-1]) if len(self.ends) else 0
+
+    def count(self, T: int) -> int:
+        return -(-(len(self) - 1) // T)
 
     def read(self, start: int, end: int) -> np.ndarray:
         """Tokens start..end (end - start,) int64, across file borders."""
@@ -81,7 +106,7 @@ class TokenFiles:
         `limit` takes only so many windows, spread evenly over the split: the same ones however
         they are batched (`n`) and divided among processes (`rank` of `world`).
         """
-        n_windows = -(-(len(self) - 1) // T)
+        n_windows = self.count(T)
         count = n_windows if limit is None else min(limit, n_windows)
         for first in range(rank * n, count, n * world):
             rows = min(n, count - first)
@@ -96,16 +121,44 @@ class TokenFiles:
             yield tokens.reshape(rows, T), targets.reshape(rows, T)
 
 
+class Replay:
+    """The rows of one split, a `share` of each batch replaced by rows of other text, so that the
+    model does not forget it. `packed`: the batches have positions; those of a row of text count on.
+    """
+
+    def __init__(self, rows: Split, others: Split, share: float, *, packed: bool) -> None:
+        self.rows, self.others, self.share, self.packed = rows, others, share, packed
+        self.count, self.windows = rows.count, rows.windows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def batch(
+        self, step: int, *, seed: int, n: int, T: int, rows: slice = slice(None)
+    ) -> tuple[np.ndarray, ...]:
+        # Rounded over all steps together, so that a batch of one row has its share as well.
+        replaced = int((step + 1) * n * self.share) - int(step * n * self.share)
+        batch = self.rows.batch(step, seed=seed, n=n, T=T)
+        if replaced:
+            others = list(self.others.batch(step, seed=seed, n=replaced, T=T))
+            others += [np.tile(np.arange(T), (replaced, 1))] * self.packed
+            for ours, theirs in zip(batch, others, strict=True):
+                ours[n - replaced :] = theirs
+        return tuple(array[rows] for array in batch)
+
+
 @dataclass
 class Dataset:
     """A prepared folder: two splits, and the tokenizer that made them."""
 
     path: Path
-    train: TokenFiles
-    val: TokenFiles
+    train: Split
+    val: Split
     tokenizer: Tokenizer
     fingerprint: str
     source: str  # what it was made from, for messages
+    packed: bool = False  # several texts share a row: batches have positions
+    keep: Split | None = None  # other text, whose loss is watched
 
     def check_fits(self, context_length: int) -> None:
         """Raises `UserError` when there is not even one window to train or validate on."""

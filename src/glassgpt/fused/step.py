@@ -136,12 +136,17 @@ class FusedStep:
 
     @torch.no_grad()
     def __call__(
-        self, tokens: np.ndarray, targets: np.ndarray, scale: float, key: int = 0
+        self,
+        tokens: np.ndarray,
+        targets: np.ndarray,
+        scale: float,
+        key: int = 0,
+        positions: None = None,
     ) -> float:
         """tokens, targets (B, T) -> the loss, summed over the targets, in nats.
 
         Gradients are those of the loss times `scale`; negative targets carry none. `key` decides
-        what dropout drops.
+        what dropout drops. Every row is one text: there are no `positions`.
         """
         started, (B, T) = time.perf_counter(), tokens.shape
         tokens, targets = (np.ascontiguousarray(ids).reshape(-1) for ids in (tokens, targets))

@@ -1,4 +1,4 @@
-"""The verbs that make models: demo, prepare, train, plan."""
+"""The verbs that make models: demo, prepare, train, finetune, plan."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from glassgpt.arguments import PrepareOptions, TrainOptions
+from glassgpt.arguments import FinetuneOptions, PrepareOptions, TrainOptions
 from glassgpt.config import DataConfig
 from glassgpt.options import preset_names, resolve_options
 
@@ -144,6 +144,67 @@ def train(
         _say_what_next(terminal, result)
 
 
+def finetune(
+    base: str | None = None,
+    data: Annotated[list[str] | None, Parameter(negative_iterable=())] = None,
+    /,
+    *,
+    preset: Annotated[str | None, Parameter(help="A packaged recipe, as for `train`.")] = None,
+    config: str | None = None,
+    resume: str | None = None,
+    overwrite: bool = False,
+    options: Annotated[FinetuneOptions, Parameter(name="*")] = {},  # noqa: B006
+) -> None:
+    """Train a model further: on other text, into a chat partner, or into a classifier.
+
+    BASE is a run directory or a published model, as for `sample`. DATA is text; conversations
+    (jsonl with messages, conversations, instruction and output, or prompt and completion; csv and
+    parquet with such columns; text with lines that begin with User: and Assistant:); or labelled
+    texts (jsonl, csv, parquet with text and label). What it is is seen and said; --format forces
+    it. The result is a run directory like any other. It stops when the validation loss no longer
+    falls, and keeps the best.
+
+    Examples:
+
+    glassgpt finetune runs/book letters.txt
+
+    glassgpt finetune gpt2 chats.jsonl --lora-rank 8 --out runs/partner
+
+    glassgpt finetune runs/book reviews.csv --freeze 2 --epochs 5
+
+    glassgpt finetune runs/book notes.txt --keep book.txt --replay 0.2
+
+    glassgpt finetune --resume runs/partner
+
+    Parameters
+    ----------
+    base:
+        Model to begin with.
+    data:
+        What to train it on.
+    config:
+        TOML file with options.
+    resume:
+        Run directory to continue.
+    overwrite:
+        Replace the run directory if it exists.
+    """
+    from glassgpt import STARTED
+    from glassgpt.finetuning import finetune as run
+    from glassgpt.runlog import Progress, Terminal
+
+    main_process = int(os.environ.get("RANK", 0)) == 0
+    terminal = Terminal() if main_process else Progress()
+    try:
+        result = run(base, data, preset=preset, config=config, resume=resume, overwrite=overwrite,
+                     progress=terminal, began=STARTED, **options)  # fmt: skip
+    finally:
+        terminal.close()
+    _exit_status(result)
+    if main_process:
+        _say_what_next(terminal, result)
+
+
 def _say_what_next(terminal: Progress, result: TrainResult) -> None:
     from glassgpt.runlog import program
 
@@ -154,7 +215,7 @@ def _say_what_next(terminal: Progress, result: TrainResult) -> None:
         f" · loss curve: {result.run / 'loss.png'}"
     )
     shown = shlex.quote(str(result.run))
-    terminal.say(f'next: {program()} sample {shown} --prompt "Once upon a time"')
+    terminal.say(f"next: {program()} {result.try_next.format(run=shown)}")
 
 
 def plan(

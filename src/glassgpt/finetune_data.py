@@ -1,0 +1,205 @@
+"""What a finetuning learns from: text, conversations or labelled texts, as rows for the trainer.
+
+    lesson = open_lesson(options, FinetuneConfig(), base, machine, progress); print(lesson.report)
+
+Reads files, splits off what is judged by, encodes with the base's tokenizer and template, packs.
+It knows no model and no optimizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from glassgpt import runtime
+from glassgpt.chat import ChatTemplate, choose_template, encode_all
+from glassgpt.checkpoint import Checkpoint
+from glassgpt.classify import encode_text
+from glassgpt.config import FinetuneConfig
+from glassgpt.data.batches import IGNORE, Dataset, Replay
+from glassgpt.data.examples import (
+    Examples,
+    Labelled,
+    duplicates,
+    overlap,
+    read_examples,
+    split_examples,
+)
+from glassgpt.data.packing import PackedRows
+from glassgpt.errors import UserError
+from glassgpt.pretrained import tokenizer_file
+from glassgpt.runlog import Progress
+from glassgpt.tokenizer import END_OF_TEXT, Tokenizer, add_tokens, unknown_note
+from glassgpt.training import open_data
+
+
+@dataclass
+class Lesson:
+    """What is to be learned: rows, what they are for, and the tokenizer that made them."""
+
+    data: Dataset
+    kind: str  # text, conversations, labels
+    report: list[str]  # of the data, a line each
+    template: ChatTemplate | None = None
+    questions: Sequence[Any] = ()  # conversations to show answers to
+    labels: tuple[str, ...] = ()
+    counts: np.ndarray | None = None  # texts of each label
+
+
+def open_lesson(
+    given: dict[str, Any],
+    job: FinetuneConfig,
+    base: Checkpoint,
+    machine: runtime.Machine,
+    progress: Progress,
+) -> Lesson:
+    """Read, split and pack the data, whatever they are."""
+    T, limit = given.get("context_length"), base.config.context_length
+    if T is not None and not 0 < T <= limit:
+        raise UserError(f"context_length={T}: {given['init_from']} has {limit} positions")
+    fields = {name: given.get(name) for name in
+              ("text_field", "prompt_field", "completion_field", "label_field")}  # fmt: skip
+    examples = read_examples(given["data"], format=job.format, **fields)
+    keep = None
+    if job.keep is not None:
+        keep = _text(given | {"data": (job.keep,), "val": None}, base.tokenizer, machine, progress)
+    if base.labels and examples.format != "labels":
+        raise UserError(f"{given['init_from']} is a classifier; it learns from labels alone")
+    if examples.format == "text":
+        lesson = _text_lesson(given, base, machine, progress)
+    else:
+        train, val = _split(given, examples, fields)
+        make = _label_lesson if examples.format == "labels" else _chat_lesson
+        lesson = make(given, job, base, examples, train, val, T or limit)
+    if keep is not None:
+        if lesson.kind == "labels":
+            raise UserError("--keep watches a language model; a classifier is none any more")
+        lesson.data.keep = keep.val
+        if job.replay:
+            lesson.data.train = Replay(lesson.data.train, keep.train, job.replay,
+                                       packed=lesson.data.packed)  # fmt: skip
+    return lesson
+
+
+def _text(
+    given: dict[str, Any], tokenizer: Tokenizer, machine: runtime.Machine, progress: Progress
+) -> Dataset:
+    """Text, prepared with the base's tokenizer; it is prepared once, into the cache."""
+    given = given | {"tokenizer": tokenizer_file(tokenizer)}
+    return open_data(given, set(), machine, progress)
+
+
+def _text_lesson(
+    given: dict[str, Any], base: Checkpoint, machine: runtime.Machine, progress: Progress
+) -> Lesson:
+    data = _text(given, base.tokenizer, machine, progress)
+    data.tokenizer = base.tokenizer
+    few = base.tokenizer.decode(data.train.read(0, min(len(data.train), 1 << 16)))
+    report = [
+        f"data: text, {len(data.train):,} tokens to learn from, {len(data.val):,} to judge by"
+    ]
+    if note := unknown_note(base.tokenizer, few):
+        report.append(f"note: {note}")
+    return Lesson(data, "text", report)
+
+
+def _split(
+    given: dict[str, Any], examples: Examples, fields: dict[str, str | None]
+) -> tuple[list, list]:
+    if given.get("val"):
+        val = read_examples([given["val"]], format=examples.format, **fields)
+        return examples.items, val.items
+    if len(examples.items) < 2:
+        raise UserError(f"{given['data'][0]}: one example is too few, since some are kept to judge "
+                        "by; add more, or name others with --val")  # fmt: skip
+    return split_examples(examples.items, given.get("val_fraction", 0.1))
+
+
+def _chat_lesson(
+    given: dict[str, Any],
+    job: FinetuneConfig,
+    base: Checkpoint,
+    examples: Examples,
+    train: list,
+    val: list,
+    T: int,
+) -> Lesson:
+    template, tokenizer = choose_template(job.template, base)
+    rows, counted = encode_all(template, tokenizer, train, T, job.loss_on)
+    val_rows, _ = encode_all(template, tokenizer, val, T, job.loss_on)
+    for what, some in (("to learn from", rows), ("to judge by", val_rows)):
+        if not some:
+            raise UserError(f"{given['data'][0]}: no example {what} fits into {T} tokens and has "
+                            "words to learn; raise --context-length, or see --loss-on")  # fmt: skip
+    out = counted.left_out + examples.n_left_out
+    report = [
+        f"data: {examples.format}, {len(train):,} conversations, {counted.turns:,} turns, template "
+        f"{template.name}",
+        f"      {counted.tokens:,} tokens, {counted.learned / max(1, counted.tokens):.0%} of them "
+        f"with loss; the longest has {counted.longest:,} of {T:,} that fit",
+        f"      {counted.cut:,} cut at a turn, {out:,} left out; {_repeated(train, val)}",
+    ]
+    data = _packed(given, rows, val_rows, T, tokenizer)
+    return Lesson(data, "conversations", report, template, val[:3])
+
+
+def _label_lesson(
+    given: dict[str, Any],
+    job: FinetuneConfig,
+    base: Checkpoint,
+    examples: Examples,
+    train: list[Labelled],
+    val: list[Labelled],
+    T: int,
+) -> Lesson:
+    tokenizer = base.tokenizer
+    if tokenizer.end_of_text is None:  # shorter texts of a batch are filled up with it
+        tokenizer = add_tokens(tokenizer, [END_OF_TEXT])
+    labels = base.labels or tuple(sorted({item.label for item in train}))
+    if len(labels) < 2:
+        raise UserError(f"{given['data'][0]}: every text has the label {labels[0]!r}; classes are "
+                        "two or more")  # fmt: skip
+    index = {label: number for number, label in enumerate(labels)}
+    for item in [*train, *val]:
+        if item.label not in index:
+            raise UserError(f"{item.where}: the label {item.label!r} is none of those to learn: "
+                            f"{', '.join(map(repr, labels[:10]))}")  # fmt: skip
+
+    def rows(items: list[Labelled]) -> list[tuple[np.ndarray, np.ndarray]]:
+        encoded = ((encode_text(tokenizer, item.text, T), index[item.label]) for item in items)
+        return [(ids, np.append(np.full(len(ids) - 1, IGNORE), label))
+                for ids, label in encoded if len(ids)]  # fmt: skip
+
+    train_rows, val_rows = rows(train), rows(val)
+    if not train_rows or not val_rows:
+        raise UserError(f"{given['data'][0]}: there is no text in it")
+    counts = np.bincount([row[1][-1] for row in train_rows], minlength=len(labels))
+    longest = max(len(ids) for ids, _ in train_rows)
+    shown = ", ".join(f"{label} {n:,}" for label, n in zip(labels[:10], counts, strict=False))
+    report = [
+        f"data: {len(train):,} texts with {len(labels)} labels: {shown}",
+        f"      {sum(len(ids) for ids, _ in train_rows):,} tokens; the longest has {longest:,} of "
+        f"{T:,} that fit, {sum(len(ids) == T for ids, _ in train_rows):,} may be cut",
+        f"      {len(train) - len(train_rows) + examples.n_left_out:,} left out; "
+        f"{_repeated(train, val)}",
+    ]
+    data = _packed(given, train_rows, val_rows, T, tokenizer)
+    return Lesson(data, "labels", report, labels=labels, counts=counts)
+
+
+def _packed(given: dict[str, Any], train: list, val: list, T: int, tokenizer: Tokenizer) -> Dataset:
+    rows, val_rows = PackedRows(train, T), PackedRows(val, T)
+    name = f"{rows.fingerprint}-{val_rows.fingerprint}"
+    return Dataset(Path(given["data"][0]), rows, val_rows, tokenizer, name, given["data"][0],
+                   packed=True)  # fmt: skip
+
+
+def _repeated(train: list, val: list) -> str:
+    both = overlap(train, val)
+    return (
+        f"{duplicates(train):,} duplicates; of {len(val):,} to judge by {both:,} are also learned"
+    )
