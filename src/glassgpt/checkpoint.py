@@ -23,6 +23,7 @@ import numpy as np
 
 from glassgpt.config import ModelConfig
 from glassgpt.convert.huggingface import config_from_json, from_huggingface, to_huggingface
+from glassgpt.convert.peft import apply_adapter, to_peft
 from glassgpt.errors import UserError, explain_os_errors
 from glassgpt.system import write_file
 from glassgpt.tensors import SafeTensors, write_tensors
@@ -152,6 +153,50 @@ def _weight_files(folder: Path) -> list[Path]:
         if not file.exists():
             raise UserError(f"{file} is missing, though {index.name} names it; fetch it again")
     return files
+
+
+# -- adapters ------------------------------------------------------------------------------------
+
+
+def save_adapter(
+    folder: str | Path,
+    config: ModelConfig,
+    tensors: Mapping[str, np.ndarray],
+    *,
+    alpha: float,
+    dropout: float,
+    base: str,
+) -> None:
+    """Write a LoRA adapter (`lora.adapter_tensors`) of the model `base`; PEFT loads the folder."""
+    folder = Path(folder)
+    with explain_os_errors(f"write {folder}"):
+        folder.mkdir(parents=True, exist_ok=True)
+    about, tensors = to_peft(config, tensors, alpha=alpha, dropout=dropout, base=base)
+    write_tensors(folder / "adapter_model.safetensors", tensors)
+    write_json(folder / "adapter_config.json", about)
+
+
+def is_adapter(folder: Path) -> bool:
+    """Holds an adapter, and no whole model."""
+    return (folder / "adapter_config.json").exists() and not (folder / "config.json").exists()
+
+
+def base_of(folder: Path) -> str:
+    """The model that an adapter was made for: a path beside the adapter, or a name or path here."""
+    path = folder / "adapter_config.json"
+    name = read_json(path).get("base_model_name_or_path")
+    if not isinstance(name, str) or not name:
+        raise UserError(f"{path}: base_model_name_or_path is missing; write the base model there")
+    return str(folder / name) if (folder / name).exists() else name
+
+
+def with_adapter(base: Checkpoint, folder: Path) -> Checkpoint:
+    """`base` with the adapter in `folder` added into its weights, as they are asked for."""
+    about = read_json(folder / "adapter_config.json")
+    tensors = SafeTensors([folder / "adapter_model.safetensors"])
+    weights = apply_adapter(base.config, base.weights, about, tensors, str(folder))
+    info = {"source": f"the adapter {folder} of {about.get('base_model_name_or_path')}"}
+    return dataclasses.replace(base, weights=weights, info=info)
 
 
 # -- what resuming needs -------------------------------------------------------------------------

@@ -19,7 +19,8 @@ from glassgpt.system import sha256_of
 SHORT_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2")
 _FILES = ["config.json", "generation_config.json", "model.safetensors", "model-*.safetensors",
           "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json",
-          "vocab.json", "merges.txt", "chat_template.jinja"]  # fmt: skip
+          "vocab.json", "merges.txt", "chat_template.jinja", "adapter_config.json",
+          "adapter_model.safetensors"]  # fmt: skip
 
 
 def is_hub_name(name: str) -> bool:
@@ -78,6 +79,8 @@ def _check(blob: Path, name: str) -> None:
 
 
 def _is_complete(folder: Path) -> bool:
+    if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
+        return (folder / "adapter_model.safetensors").exists()
     index = folder / "model.safetensors.index.json"
     try:
         weights = set(json.loads(index.read_bytes())["weight_map"].values())

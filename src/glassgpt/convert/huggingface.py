@@ -39,7 +39,7 @@ def to_huggingface(
     """
     tensors: dict[str, np.ndarray] = {}
     shapes = config.weight_shapes
-    for theirs, ours, transposed in _tensor_names(config):
+    for theirs, ours, transposed in tensor_names(config):
         if isinstance(theirs, tuple):  # Llama keeps q, k and v apart
             tensors |= zip(theirs, _split_qkv(config, weights[ours]), strict=True)
         elif ours in weights:
@@ -72,7 +72,7 @@ def from_huggingface(
                 f"{where}: tie_word_embeddings is set, but lm_head.weight is not {name}"
             )
     makers = {}
-    for theirs, ours, transposed in _tensor_names(config):
+    for theirs, ours, transposed in tensor_names(config):
         names = [theirs] if isinstance(theirs, str) else list(theirs)
         names = [name.removeprefix(prefix) if bare else name for name in names]
         for name in names:
@@ -82,7 +82,7 @@ def from_huggingface(
             if np.any(tensors[names[0]]):
                 raise UserError(f"{where}: {names[0]} is not zero, but the model has no biases")
             continue
-        wanted = _stored_shapes(config, expected[ours], len(names), transposed)
+        wanted = stored_shapes(config, expected[ours], len(names), transposed)
         for name, shape in zip(names, wanted, strict=True):
             if found[name] != shape:
                 raise UserError(f"{where}: {name} has shape {found[name]}; with this config it "
@@ -91,9 +91,10 @@ def from_huggingface(
     return Lazy(makers)
 
 
-def _stored_shapes(
+def stored_shapes(
     config: ModelConfig, ours: tuple[int, ...], parts: int, transposed: bool
 ) -> list[tuple[int, ...]]:
+    """The shapes of the one or three (q, k, v) tensors that hold our weight of shape `ours`."""
     if parts == 3:  # q, k and v
         rows = [heads * config.head_dim for heads in (config.n_head, *[config.n_kv_head] * 2)]
         return [(n, config.n_embd) for n in rows]
@@ -250,7 +251,7 @@ def _config_json(config: ModelConfig, begin: int | None, end: int | None) -> dic
     }
 
 
-def _tensor_names(config: ModelConfig) -> Iterator[tuple[str | tuple[str, ...], str, bool]]:
+def tensor_names(config: ModelConfig) -> Iterator[tuple[str | tuple[str, ...], str, bool]]:
     """(their name or q, k, v names, our name, transposed?) for every tensor of a checkpoint."""
     if config.family == "gpt2":
         yield from gpt2_names(config)
