@@ -14,6 +14,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -23,6 +24,26 @@ from glassgpt.errors import UserError, explain_os_errors, first_of
 from glassgpt.tokenizer import Tokenizer, fingerprint, load_tokenizer
 
 IGNORE = -100  # a target that carries no loss
+
+
+class Split(Protocol):
+    """What is trained and validated on: TokenFiles, or examples as packing.PackedRows.
+
+    Batches are (tokens, targets), or (tokens, targets, positions) where several examples share a
+    row: each (n, T) int64.
+    """
+
+    def __len__(self) -> int: ...  # tokens
+
+    def count(self, T: int) -> int: ...  # windows of T tokens
+
+    def batch(
+        self, step: int, *, seed: int, n: int, T: int, rows: slice = ...
+    ) -> tuple[np.ndarray, ...]: ...
+
+    def windows(
+        self, *, n: int, T: int, limit: int | None = None, rank: int = 0, world: int = 1
+    ) -> Iterator[tuple[np.ndarray, ...]]: ...
 
 
 class TokenFiles:
@@ -72,6 +93,10 @@ class TokenFiles:
                             f"vocabulary of {self.vocab_size}; delete it and prepare the data "
                             "again")  # fmt: skip
 
+    def count(self, T: int) -> int:
+        """How many windows of `T` tokens `windows` gives, the padded last one included."""
+        return max(0, -(-(len(self) - 1) // T))
+
     def windows(
         self, *, n: int, T: int, limit: int | None = None, rank: int = 0, world: int = 1
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -81,7 +106,7 @@ class TokenFiles:
         `limit` takes only so many windows, spread evenly over the split: the same ones however
         they are batched (`n`) and divided among processes (`rank` of `world`).
         """
-        n_windows = -(-(len(self) - 1) // T)
+        n_windows = self.count(T)
         count = n_windows if limit is None else min(limit, n_windows)
         for first in range(rank * n, count, n * world):
             rows = min(n, count - first)
