@@ -8,6 +8,7 @@ It knows no model and no optimizer.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +17,11 @@ from typing import Any
 import numpy as np
 
 from glassgpt import runtime
-from glassgpt.chat import ChatTemplate, choose_template, encode_all
+from glassgpt.chat import Chat, choose_template
 from glassgpt.checkpoint import Checkpoint
 from glassgpt.classify import encode_text
 from glassgpt.config import FinetuneConfig
+from glassgpt.conversations import encode_all
 from glassgpt.data.batches import IGNORE, Dataset, Replay
 from glassgpt.data.examples import (
     Examples,
@@ -44,7 +46,7 @@ class Lesson:
     data: Dataset
     kind: str  # text, conversations, labels
     report: list[str]  # of the data, a line each
-    template: ChatTemplate | None = None
+    chat: Chat | None = None
     questions: Sequence[Any] = ()  # conversations to show answers to
     labels: tuple[str, ...] = ()
     counts: np.ndarray | None = None  # texts of each label
@@ -128,23 +130,24 @@ def _chat_lesson(
     val: list,
     T: int,
 ) -> Lesson:
-    template, tokenizer = choose_template(job.template, base)
-    rows, counted = encode_all(template, tokenizer, train, T, job.loss_on)
-    val_rows, _ = encode_all(template, tokenizer, val, T, job.loss_on)
+    chat = Chat(*choose_template(job.template, base))
+    rows, counted = encode_all(chat, train, T, job.loss_on)
+    val_rows, _ = encode_all(chat, val, T, job.loss_on)
     for what, some in (("to learn from", rows), ("to judge by", val_rows)):
         if not some:
             raise UserError(f"{given['data'][0]}: no example {what} fits into {T} tokens and has "
                             "words to learn; raise --context-length, or see --loss-on")  # fmt: skip
-    out = counted.left_out + examples.n_left_out
+    out = counted.left_out + counted.nothing_learned
     report = [
-        f"data: {examples.format}, {len(train):,} conversations, {counted.turns:,} turns, template "
-        f"{template.name}",
+        f"data: {examples.format}, {len(train):,} conversations, {counted.turns:,} turns, "
+        f"such as {chat.tokenizer.decode(rows[0][0].tolist())[:60]!r}",
         f"      {counted.tokens:,} tokens, {counted.learned / max(1, counted.tokens):.0%} of them "
         f"with loss; the longest has {counted.longest:,} of {T:,} that fit",
         f"      {counted.cut:,} cut at a turn, {out:,} left out; {_repeated(train, val)}",
+        *_left_out(examples),
     ]
-    data = _packed(given, rows, val_rows, T, tokenizer)
-    return Lesson(data, "conversations", report, template, val[:3])
+    data = _packed(given, rows, val_rows, T, chat.tokenizer)
+    return Lesson(data, "conversations", report, chat, val[:3])
 
 
 def _label_lesson(
@@ -170,7 +173,8 @@ def _label_lesson(
                             f"{', '.join(map(repr, labels[:10]))}")  # fmt: skip
 
     def rows(items: list[Labelled]) -> list[tuple[np.ndarray, np.ndarray]]:
-        encoded = ((encode_text(tokenizer, item.text, T), index[item.label]) for item in items)
+        encoded = ((np.array(encode_text(tokenizer, item.text, T)), index[item.label])
+                   for item in items)  # fmt: skip
         return [(ids, np.append(np.full(len(ids) - 1, IGNORE), label))
                 for ids, label in encoded if len(ids)]  # fmt: skip
 
@@ -184,18 +188,25 @@ def _label_lesson(
         f"data: {len(train):,} texts with {len(labels)} labels: {shown}",
         f"      {sum(len(ids) for ids, _ in train_rows):,} tokens; the longest has {longest:,} of "
         f"{T:,} that fit, {sum(len(ids) == T for ids, _ in train_rows):,} may be cut",
-        f"      {len(train) - len(train_rows) + examples.n_left_out:,} left out; "
-        f"{_repeated(train, val)}",
+        f"      {_repeated(train, val)}",
+        *_left_out(examples),
     ]
     data = _packed(given, train_rows, val_rows, T, tokenizer)
     return Lesson(data, "labels", report, labels=labels, counts=counts)
 
 
 def _packed(given: dict[str, Any], train: list, val: list, T: int, tokenizer: Tokenizer) -> Dataset:
-    rows, val_rows = PackedRows(train, T), PackedRows(val, T)
-    name = f"{rows.fingerprint}-{val_rows.fingerprint}"
+    digest = hashlib.sha256()
+    for tokens, targets in (*train, *val):
+        digest.update(tokens.astype("<i8").tobytes() + targets.astype("<i8").tobytes())
+    name, rows, val_rows = digest.hexdigest()[:16], PackedRows(train, T), PackedRows(val, T)
     return Dataset(Path(given["data"][0]), rows, val_rows, tokenizer, name, given["data"][0],
                    packed=True)  # fmt: skip
+
+
+def _left_out(examples: Examples) -> list[str]:
+    reasons = [f"{why}: {n:,}" for why, n in examples.left_out.items()]
+    return [f"      left out before: {', '.join(reasons)}"] if reasons else []
 
 
 def _repeated(train: list, val: list) -> str:

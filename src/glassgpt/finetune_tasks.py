@@ -19,10 +19,9 @@ import torch
 
 from glassgpt import checkpoint as ckpt
 from glassgpt.cache import Packing
-from glassgpt.chat import ChatTemplate
+from glassgpt.chat import Chat
 from glassgpt.classify import metrics, table
 from glassgpt.config import Sampling, TrainConfig
-from glassgpt.convert.peft import save_adapter
 from glassgpt.data.batches import IGNORE, Split
 from glassgpt.generate import complete
 from glassgpt.lora import LoRA, adapter_tensors, merged_weights
@@ -83,7 +82,8 @@ class FinetuneTask(TextTask):
             p.requires_grad for p in (*model.token_embedding.parameters(), *model.head.parameters())
         ):  # else it is more than an adapter for the base as it was
             tensors = adapter_tensors(model)
-            save_adapter(folder / "adapter", model.config, self.lora, tensors, self.base_name)
+            ckpt.save_adapter(folder / "adapter", model.config, tensors, alpha=self.lora.alpha,
+                              dropout=self.lora.dropout, base=self.base_name)  # fmt: skip
 
 
 class ChatTask(FinetuneTask):
@@ -91,17 +91,17 @@ class ChatTask(FinetuneTask):
 
     try_next = "chat {run}"
 
-    def __init__(self, *, template: ChatTemplate, questions: Sequence[Any], **common: Any) -> None:
+    def __init__(self, *, chat: Chat, questions: Sequence[Any], **common: Any) -> None:
         super().__init__(**common)
-        self.template, self.questions = template, questions
-        self.chat_template, self.ends = template.source, template.ends(self.tokenizer)
+        self.chat, self.questions = chat, questions
+        self.chat_template, self.ends = chat.template, chat.ends
 
     def show(self, model: GPT) -> str:
         """The likeliest answers to the same questions every time, and those that were wanted."""
         if not self.config.sample_tokens:
             return ""
         asked = [_question(each.turns) for each in self.questions]
-        prompts = [self.template.prompt(turns, self.tokenizer) for turns, _ in asked]
+        prompts = [self.chat.prompt(turns) for turns, _ in asked]
         how = Sampling(max_new_tokens=self.config.sample_tokens, temperature=0.0)
         answers = complete(self.engine(model), self.tokenizer, prompts, how, ends=self.ends)
         parts = []

@@ -280,8 +280,8 @@ def _task(
     common = dict(tokenizer=lesson.data.tokenizer, config=config, base=base, lora=lora,
                   base_name=given["init_from"], layer_decay=job.layer_decay)  # fmt: skip
     if lesson.kind == "conversations":
-        assert lesson.template is not None
-        return ChatTask(**common, template=lesson.template, questions=lesson.questions)
+        assert lesson.chat is not None
+        return ChatTask(**common, chat=lesson.chat, questions=lesson.questions)
     if lesson.kind == "labels":
         weights = None
         if job.class_weights:

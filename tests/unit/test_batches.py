@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from glassgpt.config import DataConfig
-from glassgpt.data.batches import IGNORE, TokenFiles, is_prepared, load_data
+from glassgpt.data.batches import IGNORE, Replay, TokenFiles, is_prepared, load_data
 from glassgpt.data.prepare import prepare
 from glassgpt.errors import UserError
 from glassgpt.tokenizer import byte_tokenizer, to_files
@@ -98,6 +98,35 @@ def test_reading_across_file_borders(tmp_path_factory, sizes, data) -> None:
         whole = token_files(folder / "whole", total).batch(1, seed=2, n=9, T=3)
         assert np.array_equal(tokens, whole[0])
         assert np.array_equal(targets, whole[1])
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_replay_takes_its_share_of_the_rows(tmp_path: Path, packed: bool) -> None:
+    new, old = token_files(tmp_path / "new", 900), token_files(tmp_path / "old", 900)
+    old.shards = [shard + 1000 for shard in old.shards]
+    old.vocab_size = 2000
+    if packed:
+        plain = new.batch
+
+        def batch(step: int, *, n: int, T: int, **how: Any) -> tuple[np.ndarray, ...]:
+            return *plain(step, n=n, T=T, **how), np.full((n, T), 7)
+
+        new.batch = batch  # type: ignore[method-assign, assignment]
+    for n, share in ((4, 0.25), (1, 0.3), (5, 0.5)):
+        mixed, replayed = Replay(new, old, share, packed=packed), 0
+        for step in range(40):
+            tokens, targets, *positions = mixed.batch(step, seed=3, n=n, T=6)
+            is_old = tokens[:, 0] >= 1000
+            assert (targets == tokens + 1).all()
+            assert (tokens[~is_old] == new.batch(step, seed=3, n=n, T=6)[0][~is_old]).all()
+            for array in positions:
+                assert (array[is_old] == np.arange(6)).all()
+                assert (array[~is_old] == 7).all()
+            replayed += is_old.sum()
+            parts = [mixed.batch(step, seed=3, n=n, T=6, rows=slice(i, i + 1)) for i in range(n)]
+            np.testing.assert_array_equal(np.concatenate([part[0] for part in parts]), tokens)
+        assert replayed == pytest.approx(40 * n * share, abs=1)
+        assert (mixed.count(6), len(mixed)) == (new.count(6), len(new))
 
 
 # -- the whole split, once -----------------------------------------------------------------------

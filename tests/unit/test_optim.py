@@ -125,6 +125,32 @@ def test_matrices_decay_and_vectors_do_not(shape: str, optimizer: str) -> None:
         torch.testing.assert_close(parameter.detach(), before[name] * kept)
 
 
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_each_block_learns_slower_than_the_next(optimizer: str) -> None:
+    model = GPT(tiny_config("gpt2", n_layer=3))
+    config = TrainConfig(learning_rate=0.5, muon_learning_rate=0.8, optimizer=optimizer)
+    optimizers = make_optimizers(model, config, layer_decay=0.5)
+    set_learning_rate(optimizers, config, 0.25)  # half of the peak
+    rates = {id(p): group["lr"] / (0.4 if isinstance(each, Muon) else 0.25)
+             for each in optimizers for group in each.param_groups
+             for p in group["params"]}  # fmt: skip
+    for name, parameter in model.named_parameters():
+        below = {"blocks.0": 2, "blocks.1": 1, "blocks.2": 0, "token_em": 3, "position": 3}
+        expected = 0.5 ** below.get(name[:8], 0)
+        assert rates[id(parameter)] == pytest.approx(expected), name
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_what_is_frozen_has_no_optimizer(optimizer: str) -> None:
+    model = GPT(tiny_config())
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith("blocks.1."))
+    config = TrainConfig(optimizer=optimizer)
+    taken = {id(p) for each in make_optimizers(model, config) for group in each.param_groups
+             for p in group["params"]}  # fmt: skip
+    assert taken == {id(p) for p in model.parameters() if p.requires_grad}
+
+
 def test_without_blocks_there_is_nothing_for_muon() -> None:
     [optimizer] = make_optimizers(GPT(tiny_config(n_layer=0)), TrainConfig(optimizer="muon"))
     assert isinstance(optimizer, AdamW)

@@ -27,16 +27,15 @@ IGNORE = -100  # a target that carries no loss
 
 
 class Split(Protocol):
-    """Rows to learn from or to be judged by: tokens and targets, (n, T) int64 each, and where texts
-    share a row a third array, the positions of tokens in their texts."""
+    """What is trained and validated on: TokenFiles, or examples as packing.PackedRows.
 
-    def __len__(self) -> int:
-        """Tokens."""
-        ...
+    Batches are (tokens, targets), or (tokens, targets, positions) where several examples share a
+    row: each (n, T) int64.
+    """
 
-    def count(self, T: int) -> int:
-        """How many rows `windows` gives."""
-        ...
+    def __len__(self) -> int: ...  # tokens
+
+    def count(self, T: int) -> int: ...  # windows of T tokens
 
     def batch(
         self, step: int, *, seed: int, n: int, T: int, rows: slice = slice(None)
@@ -96,6 +95,10 @@ class TokenFiles:
             raise UserError(f"{self.paths[0].parent} is damaged: token {largest} outside the "
                             f"vocabulary of {self.vocab_size}; delete it and prepare the data "
                             "again")  # fmt: skip
+
+    def count(self, T: int) -> int:
+        """How many windows of `T` tokens `windows` gives, the padded last one included."""
+        return max(0, -(-(len(self) - 1) // T))
 
     def windows(
         self, *, n: int, T: int, limit: int | None = None, rank: int = 0, world: int = 1

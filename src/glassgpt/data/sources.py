@@ -6,7 +6,8 @@
 Archives are known by their first bytes, not by their names, and opened however deep they nest; what
 a file holds is known by its name (.jsonl .csv .tsv .parquet), otherwise it is text. All of it is
 streamed: memory holds a few blocks, whatever the size of the input. Archives are taken apart
-in `archives.py`, bytes become text in `texts.py`; no room of the three knows of tokens.
+in `archives.py`, bytes become text in `texts.py` and records in `records.py`; no room of the four
+knows of tokens.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from glassgpt.data.archives import (
     ARCHIVES,
@@ -33,7 +34,8 @@ from glassgpt.data.archives import (
 from glassgpt.data.corpora import CORPORA, RemoteFile, fetch
 from glassgpt.data.download import RangeFile
 from glassgpt.data.folder import has_tokens, is_prepared
-from glassgpt.data.texts import TABLES, Piece, cut_document, decode, split_documents
+from glassgpt.data.records import TABLES
+from glassgpt.data.texts import Piece, cut_document, decode, split_documents
 from glassgpt.errors import UserError, explain_os_errors, nearest
 from glassgpt.system import sha256_of
 
@@ -42,6 +44,10 @@ _REMOTE_BUFFER = 4 << 20  # bytes fetched by a request at least
 _MAX_DEPTH = 12  # levels of archives in archives: there are ones that contain themselves
 
 Progress = Callable[[str, int, int | None], None]  # (name, bytes done, bytes in all)
+T = TypeVar("T")
+Reader = Callable[
+    [io.BufferedReader, str, str], Iterator[T]
+]  # (content, name, kind) -> what's in it
 
 
 @dataclass(frozen=True)
@@ -183,37 +189,63 @@ def read_pieces(
 
     A text file is one document, or several with `<|endoftext|>` between them; in JSON lines, CSV,
     TSV and Parquet each record is one, its text in `text_field` (None: "text", or else the only
-    field that holds text). `on_bytes(n)`: n more bytes were read; they add up to `total_bytes`.
-    `on_skip(name, reason)`: a file in a folder or archive holds no text. One in which this shows
-    only after its first MiB is an error, because a part of it is handed out already.
+    field that holds text). `on_skip` and `on_bytes` as in `read_files`.
 
     Raises UserError for text that isn't UTF-8 (or UTF-16 with its mark), records without their
     field, archives damaged or cut short, and sources without any text.
     """
-    how = _How(text_field, piece_chars, on_skip or (lambda name, reason: None))
-    names, anything = [], False
+
+    def read(stream: io.BufferedReader, name: str, kind: str) -> Iterator[Piece]:
+        if kind in TABLES:
+            for text in TABLES[kind](stream, name, text_field):
+                yield from cut_document(text, piece_chars)
+        else:
+            yield from split_documents(decode(stream, name), piece_chars)
+
+    sources = list(sources)
+    pieces = read_files(sources, read, on_skip=on_skip, on_bytes=on_bytes)
+    first = next(pieces, None)
+    if first is None:
+        names = [source.name for source in sources]
+        shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+        raise UserError(f"there is no text in {shown or 'an empty list of sources'}")
+    yield first
+    yield from pieces
+
+
+def read_files(
+    sources: Iterable[Source],
+    read: Reader[T],
+    *,
+    on_skip: Callable[[str, str], None] | None = None,
+    on_bytes: Callable[[int], None] | None = None,
+) -> Iterator[T]:
+    """What `read` finds in every file, in order, also in those that archives hold.
+
+    `read(content, name, kind)` gets its kind as `kind_by_name` says; NotTextError is how it refuses
+    a file. `on_skip(name, reason)`: that happened to a file in a folder or archive. Where it
+    happens after a part was handed out already, or to a file that the user named, it is an error,
+    and so is a named file in which nothing is found. `on_bytes(n)`: n more bytes were read; they
+    add up to `total_bytes`.
+    """
+    how = _How(read, on_skip or (lambda name, reason: None))
     for source in sources:
-        names.append(source.name)
         something = False
         with explain_os_errors(f"read {source.name}"), _Metered(source, on_bytes) as metered:
             buffer = _BUFFER if isinstance(source.file, Path) else _REMOTE_BUFFER
             stream: io.BufferedReader = io.BufferedReader(metered, buffer)
-            for piece in _pieces(stream, source.name, how, strict=source.named):
-                something = anything = True
-                yield piece
+            for found in _contents(stream, source.name, how, strict=source.named):
+                something = True
+                yield found
             metered.finish()
         if source.named and not something:
             raise UserError(f"{source.name}: there is no text in it")
-    if not anything:
-        shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-        raise UserError(f"there is no text in {shown or 'an empty list of sources'}")
 
 
-class _How(NamedTuple):
-    """The options of `read_pieces` that every level needs."""
+class _How(NamedTuple, Generic[T]):
+    """The options of `read_files` that every level needs."""
 
-    text_field: str | None
-    piece_chars: int
+    read: Reader[T]
     skip: Callable[[str, str], None]
 
 
@@ -260,41 +292,40 @@ class _Metered(io.RawIOBase):
         super().close()
 
 
-def _pieces(
-    stream: io.BufferedReader, name: str, how: _How, *, strict: bool, depth: int = 0
-) -> Iterator[Piece]:
-    """The documents in `stream`, whatever it is; unless `strict`, what is not text is skipped."""
+def _contents(
+    stream: io.BufferedReader, name: str, how: _How[T], *, strict: bool, depth: int = 0
+) -> Iterator[T]:
+    """What is in `stream`, whatever it is; unless `strict`, what is not text is skipped."""
     if depth > _MAX_DEPTH:
         raise UserError(f"{name}: more than {_MAX_DEPTH} archives in one another; unpack it first")
     handed_out = False
     try:
-        for piece in _pieces_of_kind(stream, name, how, strict=strict, depth=depth):
+        head = stream.peek(512)[:512]
+        if not head:
+            raise NotTextError(name, "empty")
+        kind = kind_of(head) or kind_by_name(name)
+        if kind in COMPRESSIONS or kind in ARCHIVES:
+            inside = _unpack(stream, name, kind, how, strict=strict, depth=depth + 1)
+        else:
+            inside = how.read(stream, name, kind)
+        for found in inside:
             handed_out = True
-            yield piece
+            yield found
     except NotTextError as problem:
         if strict or handed_out:
             raise
         how.skip(name, problem.reason)
 
 
-def _pieces_of_kind(
-    stream: io.BufferedReader, name: str, how: _How, *, strict: bool, depth: int
-) -> Iterator[Piece]:
-    head = stream.peek(512)[:512]
-    if not head:
-        raise NotTextError(name, "empty")
-    kind = kind_of(head) or kind_by_name(name)
+def _unpack(
+    stream: io.BufferedReader, name: str, kind: str, how: _How[T], *, strict: bool, depth: int
+) -> Iterator[T]:
     if kind in COMPRESSIONS:
         inner = decompress(kind, stream, name)
-        yield from _pieces(inner, name, how, strict=strict, depth=depth + 1)
-    elif kind in ARCHIVES:
-        for member, inner in ARCHIVES[kind](stream, name):
-            yield from _pieces(inner, f"{name}/{member}", how, strict=False, depth=depth + 1)
-    elif kind in TABLES:
-        for text in TABLES[kind](stream, name, how.text_field):
-            yield from cut_document(text, how.piece_chars)
-    else:
-        yield from split_documents(decode(stream, name), how.piece_chars)
+        yield from _contents(inner, name, how, strict=strict, depth=depth)
+        return
+    for member, inner in ARCHIVES[kind](stream, name):
+        yield from _contents(inner, f"{name}/{member}", how, strict=False, depth=depth)
 
 
 _SUFFIXES = {
@@ -307,7 +338,11 @@ _SUFFIXES = {
 
 
 def kind_by_name(name: str) -> str:
-    """What a file of that name holds, unless its first bytes say otherwise; `.gz` and the like
-    don't count."""
+    """What a file of that name holds, unless its first bytes say otherwise."""
+    return _SUFFIXES.get(suffix_of(name), "text")
+
+
+def suffix_of(name: str) -> str:
+    """ ".jsonl" of "Chats.JSONL.gz": `.gz` and the like don't count."""
     bare = re.sub(r"(\.(gz|xz|bz2|zstd?))+$", "", name.lower())
-    return _SUFFIXES.get(os.path.splitext(bare)[1], "text")
+    return os.path.splitext(bare)[1]
