@@ -57,9 +57,6 @@ class TokenFiles:
     def __len__(self) -> int:
         return int(self.ends[-1]) if len(self.ends) else 0
 
-    def count(self, T: int) -> int:
-        return -(-(len(self) - 1) // T)
-
     def read(self, start: int, end: int) -> np.ndarray:
         """Tokens start..end (end - start,) int64, across file borders."""
         parts = []

@@ -18,9 +18,7 @@ import numpy as np
 
 from glassgpt.data.batches import IGNORE
 
-_STREAM = (
-    1 << 64
-)  # keeps these random numbers apart from those of TokenFiles, whose key is the seed
+_STREAM = 1 << 64  # apart from the random numbers of TokenFiles, whose key is the seed alone
 
 
 class PackedRows:
