@@ -22,7 +22,7 @@ from glassgpt.checkpoint import Checkpoint
 from glassgpt.classify import encode_text
 from glassgpt.config import FinetuneConfig
 from glassgpt.conversations import encode_all
-from glassgpt.data.batches import IGNORE, Dataset, Replay
+from glassgpt.data.batches import IGNORE, Dataset, Replay, is_prepared
 from glassgpt.data.examples import (
     Examples,
     Labelled,
@@ -36,7 +36,7 @@ from glassgpt.errors import UserError
 from glassgpt.pretrained import tokenizer_file
 from glassgpt.runlog import Progress
 from glassgpt.tokenizer import END_OF_TEXT, Tokenizer, add_tokens, unknown_note
-from glassgpt.training import open_data
+from glassgpt.training import adopt_tokenizer, open_data
 
 
 @dataclass
@@ -65,10 +65,14 @@ def open_lesson(
         raise UserError(f"context_length={T}: {given['init_from']} has {limit} positions")
     fields = {name: given.get(name) for name in
               ("text_field", "prompt_field", "completion_field", "label_field")}  # fmt: skip
-    examples = read_examples(given["data"], format=job.format, **fields)
+    prepared = len(given["data"]) == 1 and is_prepared(given["data"][0])
+    if prepared and job.format in ("auto", "text"):
+        examples = Examples("text")
+    else:
+        examples = read_examples(given["data"], format=job.format, **fields)
     keep = None
     if job.keep is not None:
-        keep = _text(given | {"data": (job.keep,), "val": None}, base.tokenizer, machine, progress)
+        keep = _text(given | {"data": (job.keep,), "val": None}, base, machine, progress)
     if base.labels and examples.format != "labels":
         raise UserError(f"{given['init_from']} is a classifier; it learns from labels alone")
     if examples.format == "text":
@@ -88,18 +92,19 @@ def open_lesson(
 
 
 def _text(
-    given: dict[str, Any], tokenizer: Tokenizer, machine: runtime.Machine, progress: Progress
+    given: dict[str, Any], base: Checkpoint, machine: runtime.Machine, progress: Progress
 ) -> Dataset:
     """Text, prepared with the base's tokenizer; it is prepared once, into the cache."""
-    given = given | {"tokenizer": tokenizer_file(tokenizer)}
-    return open_data(given, set(), machine, progress)
+    given = given | {"tokenizer": tokenizer_file(base.tokenizer)}
+    data = open_data(given, set(), machine, progress)
+    adopt_tokenizer(data, base, given["init_from"])
+    return data
 
 
 def _text_lesson(
     given: dict[str, Any], base: Checkpoint, machine: runtime.Machine, progress: Progress
 ) -> Lesson:
-    data = _text(given, base.tokenizer, machine, progress)
-    data.tokenizer = base.tokenizer
+    data = _text(given, base, machine, progress)
     few = base.tokenizer.decode(data.train.read(0, min(len(data.train), 1 << 16)))
     report = [
         f"data: text, {len(data.train):,} tokens to learn from, {len(data.val):,} to judge by"
@@ -206,7 +211,8 @@ def _packed(given: dict[str, Any], train: list, val: list, T: int, tokenizer: To
 
 def _left_out(examples: Examples) -> list[str]:
     reasons = [f"{why}: {n:,}" for why, n in examples.left_out.items()]
-    return [f"      left out before: {', '.join(reasons)}"] if reasons else []
+    lines = [f"      left out before: {', '.join(reasons)}"] if reasons else []
+    return lines + [f"      skipped {each}" for each in examples.skipped[:5]]
 
 
 def _repeated(train: list, val: list) -> str:

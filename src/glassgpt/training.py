@@ -282,6 +282,16 @@ def _options_for(
 
 def adopt(data: Dataset, base: ckpt.Checkpoint, options: dict[str, Any], name: str) -> ModelConfig:
     """The config of `base` with the context and dropout asked for; `data` take its tokenizer."""
+    adopt_tokenizer(data, base, name)
+    limit, wanted = base.config.context_length, options.get("context_length")
+    if wanted is not None and wanted > limit:
+        raise UserError(f"context_length={wanted} is longer than the {limit} positions of {name}")
+    chosen = {key: options[key] for key in ("context_length", "dropout") if key in options}
+    return dataclasses.replace(base.config, **chosen)
+
+
+def adopt_tokenizer(data: Dataset, base: ckpt.Checkpoint, name: str) -> None:
+    """`data` take the tokenizer of `base`, which must be the one that made them."""
     theirs, ours = base.tokenizer, data.tokenizer
     same = theirs.vocab_size == ours.vocab_size and all(
         theirs.token_bytes(i) == ours.token_bytes(i) for i in range(ours.vocab_size)
@@ -290,11 +300,6 @@ def adopt(data: Dataset, base: ckpt.Checkpoint, options: dict[str, Any], name: s
         raise UserError(f"{data.path} was prepared with another tokenizer than that of {name}; "
                         f"prepare it with --tokenizer {tokenizer_file(theirs)}")  # fmt: skip
     data.tokenizer = theirs
-    limit, wanted = base.config.context_length, options.get("context_length")
-    if wanted is not None and wanted > limit:
-        raise UserError(f"context_length={wanted} is longer than the {limit} positions of {name}")
-    chosen = {key: options[key] for key in ("context_length", "dropout") if key in options}
-    return dataclasses.replace(base.config, **chosen)
 
 
 def open_data(
