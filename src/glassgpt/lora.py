@@ -186,8 +186,9 @@ def merged_weights(model: GPT) -> Mapping[str, np.ndarray]:
     def make(name: str) -> np.ndarray:
         path, _, kind = name.rpartition(".")
         module = model.get_submodule(path)
-        merges = isinstance(module, AdaptedLinear) and kind == "weight"
-        tensor = module.dense() if merges else getattr(module, kind)
+        tensor = getattr(module, kind)
+        if isinstance(module, AdaptedLinear) and kind == "weight":
+            tensor = module.dense()
         return tensor.detach().float().cpu().numpy()
 
     return Lazy({name: partial(make, name) for name in model.config.weight_shapes})
