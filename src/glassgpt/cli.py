@@ -21,6 +21,7 @@ VERBS = {
     "train": "Train a GPT on text and keep it as a run directory that other tools load as it is.",
     "plan": "Say what a training would take: memory, time and money, here or on the GPUs you name.",
     "sample": "Let a trained model continue a prompt; prints the prompt and what follows.",
+    "chat": "Talk with a model finetuned on conversations; a base model continues your text.",
     "eval": "Measure how well a model predicts a text, and what quantised weights cost.",
     "export": "Write a model for other programs: llama.cpp, ONNX Runtime, nanoGPT, or NumPy alone.",
     "bench": "Measure how fast a model generates or trains here, and where the time goes.",
