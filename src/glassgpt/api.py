@@ -117,8 +117,9 @@ class LoadedModel:
         prompts = [self.encode_prompt(one) for one in (prompt if several else [prompt])]  # type: ignore
         chosen = self.engine(engine, weights, threads)
         if stream:
-            return _stream(chosen, self.tokenizer, prompts, how)
-        pieces, n = complete(chosen, self.tokenizer, prompts, how), how.num_samples
+            return _stream(chosen, self.tokenizer, prompts, how, self.checkpoint.ends)
+        pieces = complete(chosen, self.tokenizer, prompts, how, self.checkpoint.ends)
+        n = how.num_samples
         starts = range(0, len(pieces), n)
         completed = [pieces[i : i + n] for i in starts] if n > 1 else pieces
         return completed if several else completed[0]
@@ -146,14 +147,14 @@ def print_samples(
     if how.num_samples == 1:
         print(opening, end="", flush=True)
         reason = None
-        for piece in stream(engine, model.tokenizer, prompts, how):
+        for piece in stream(engine, model.tokenizer, prompts, how, model.checkpoint.ends):
             print(piece.text, end="", flush=True)
             reason = piece.finish_reason or reason
         print(flush=True)
         print(f"[{reason}]", file=sys.stderr)
         return
     texts, reasons, shown = defaultdict(str), {}, 0
-    for piece in stream(engine, model.tokenizer, prompts, how):
+    for piece in stream(engine, model.tokenizer, prompts, how, model.checkpoint.ends):
         texts[piece.sample] += piece.text
         if piece.finish_reason:
             reasons[piece.sample] = piece.finish_reason

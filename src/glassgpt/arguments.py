@@ -12,7 +12,14 @@ from typing import Annotated, Any, TypedDict, get_type_hints
 
 from cyclopts import Group, Parameter
 
-from glassgpt.config import DataConfig, FinetuneConfig, ModelConfig, Sampling, TrainConfig
+from glassgpt.config import (
+    CHAT_TEMPERATURE,
+    DataConfig,
+    FinetuneConfig,
+    ModelConfig,
+    Sampling,
+    TrainConfig,
+)
 from glassgpt.options import names_of, option_types
 
 LIST = Parameter(consume_multiple=True, negative_iterable=())  # --weights float32 int8
@@ -30,11 +37,11 @@ def _options(name: str, hints: dict[str, Any], groups: dict[str, Group] | None =
     return TypedDict(name, fields, total=False)  # type: ignore[operator]
 
 
-def _hints(cls: type) -> dict[str, Any]:
-    """Field -> annotation, with the default value added to the help text."""
+def _hints(cls: type, **defaults: Any) -> dict[str, Any]:
+    """Field -> annotation, with the default value, its own or a given one, added to the help."""
     hints = get_type_hints(cls, include_extras=True)
     for name, field in cls.__dataclass_fields__.items():  # type: ignore[attr-defined]
-        default = field.default
+        default = defaults.get(name, field.default)
         if default in (None, ()) or not isinstance(default, (int, float, str)):
             continue
         shown = ("on" if default else "off") if isinstance(default, bool) else default
@@ -57,3 +64,6 @@ _finetune_hints = {name: _known[name] for name in option_types("finetune") if na
 FinetuneOptions = _options("FinetuneOptions", _finetune_hints, _groups)
 PrepareOptions = _options("PrepareOptions", _hints(DataConfig))
 SampleOptions = _options("SampleOptions", _hints(Sampling))
+_chat_hints = _hints(Sampling, temperature=CHAT_TEMPERATURE)
+del _chat_hints["num_samples"]
+ChatOptions = _options("ChatOptions", _chat_hints)

@@ -27,7 +27,7 @@ from glassgpt.convert.peft import apply_adapter, to_peft
 from glassgpt.errors import UserError, explain_os_errors
 from glassgpt.system import write_file
 from glassgpt.tensors import SafeTensors, write_tensors
-from glassgpt.tokenizer import Tokenizer, begin_of_text, load_tokenizer, to_files
+from glassgpt.tokenizer import Tokenizer, begin_of_text, load_tokenizer, named_tokens, to_files
 from glassgpt.version import __version__
 
 SCHEMA_VERSION = 1
@@ -75,10 +75,13 @@ def save_model(folder: str | Path, checkpoint: Checkpoint) -> None:
     folder = Path(folder)
     with explain_os_errors(f"write {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
-    config, end = checkpoint.config, checkpoint.tokenizer.end_of_text
-    begin = begin_of_text(checkpoint.tokenizer)
+    config, tokenizer = checkpoint.config, checkpoint.tokenizer
+    begin, ends = begin_of_text(tokenizer), [tokenizer.end_of_text, *checkpoint.ends]
+    ends = list(dict.fromkeys(end for end in ends if end is not None))
+    end = ends if len(ends) > 1 else next(iter(ends), None)
     config_json, tensors = to_huggingface(config, checkpoint.weights, begin=begin, end=end)
-    for name, content in to_files(checkpoint.tokenizer, config.context_length).items():
+    files = to_files(tokenizer, config.context_length, checkpoint.chat_template)
+    for name, content in files.items():
         write_file(folder / name, content)
     write_json(folder / "config.json", config_json)
     generation = {"bos_token_id": begin, "eos_token_id": end, "do_sample": True}
@@ -116,7 +119,40 @@ def load_model(path: str | Path) -> Checkpoint:
             f"{folder}: its tokenizer has {tokenizer.vocab_size} tokens, "
             f"the model only {config.vocab_size}; they do not belong together"
         )
-    return Checkpoint(config, weights, tokenizer, info)
+    template, ends = _chat_template(folder, tokenizer), _ends(folder, tokenizer)
+    return Checkpoint(config, weights, tokenizer, info, chat_template=template, ends=ends)
+
+
+def _chat_template(folder: Path, tokenizer: Tokenizer) -> str | None:
+    """From a file of its own, or tokenizer_config.json; of several templates the default one."""
+    file, settings = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+    values = read_json(settings) if settings.exists() else {}
+    template = values.get("chat_template")
+    if isinstance(template, list):
+        named = {one.get("name"): one.get("template") for one in template if isinstance(one, dict)}
+        template = named.get("default")
+    if file.exists():
+        with explain_os_errors(f"read {file}"):
+            template = file.read_bytes().decode("utf-8", "replace")
+    if not isinstance(template, str):
+        return None
+    # What the model's makers call eos_token may be another token than ours (<|im_end|>, say).
+    ours = named_tokens(tokenizer)
+    for name in ("bos_token", "eos_token"):
+        token = values.get(name)
+        token = token.get("content") if isinstance(token, dict) else token
+        if isinstance(token, str) and name in template and token != ours.get(name):
+            template = f"{{% set {name} = {json.dumps(token)} %}}\n{template}"
+    return template
+
+
+def _ends(folder: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """What generation_config.json names beside the end of a text. Where it names ordinary tokens,
+    nobody meant it: 2 is the end in every new LlamaConfig, whatever letter that may be."""
+    path = folder / "generation_config.json"
+    found = read_json(path).get("eos_token_id") if path.exists() else None
+    others = [i for i in tokenizer.special.values() if i != tokenizer.end_of_text]
+    return tuple(end for end in (found if isinstance(found, list) else [found]) if end in others)
 
 
 def find_model(path: str | Path) -> Path:

@@ -22,17 +22,12 @@ VERBS = {
     "finetune": "Train a model further: on other text, into a chat partner, or into a classifier.",
     "plan": "Say what a training would take: memory, time and money, here or on the GPUs you name.",
     "sample": "Let a trained model continue a prompt; prints the prompt and what follows.",
+    "chat": "Talk with a model finetuned on conversations; a base model continues your text.",
     "eval": "Measure how well a model predicts a text, and what quantised weights cost.",
     "export": "Write a model for other programs: llama.cpp, ONNX Runtime, nanoGPT, or NumPy alone.",
     "bench": "Measure how fast a model generates or trains here, and where the time goes.",
 }
-_LEARN = {
-    "demo",
-    "prepare",
-    "train",
-    "finetune",
-    "plan",
-}  # in verbs/learn.py; the others in verbs/use.py
+_LEARN = {"demo", "prepare", "train", "finetune", "plan"}  # in verbs/learn.py; the rest in use.py
 
 
 def module_of(verb: str) -> str:

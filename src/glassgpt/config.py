@@ -32,6 +32,7 @@ ExampleFormat = Literal[
 LORA_TARGETS = ("qkv", "out", "gate", "up", "down")  # matrices of a block, by model.py's names
 ENDLESS = 1 << 40  # steps: the clock of a budget says when it is over
 MOST_THREADS = 1024  # torch crashes on numbers that no machine has
+CHAT_TEMPERATURE = 0.7  # answers are to be right more than to surprise
 DEVICES = ("auto", "cpu", "cuda", "mps")
 _MOST_SAMPLES = 100_000
 

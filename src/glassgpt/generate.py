@@ -140,10 +140,14 @@ def window(tokens: Sequence[int], context_length: int) -> Sequence[int]:
 
 
 def stream(
-    engine: Engine, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], how: Sampling
+    engine: Engine,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[int]],
+    how: Sampling,
+    ends: Collection[int] = (),
 ) -> Iterator[Piece]:
     """Grow `how.num_samples` completions of each prompt (token ids), as many side by side as
-    memory should hold.
+    memory should hold. `ends`: ids that end a text, beside the tokenizer's own.
 
     Yields text as soon as whole characters are there and no stop string can begin in it. An
     empty prompt starts from the document separator, or from a line break where there is none;
@@ -158,7 +162,7 @@ def stream(
     wanted = list(itertools.product(range(len(prompts)), range(how.num_samples)))
     for first in range(0, len(wanted), together):
         rows = [
-            _Row(number, prompt, sample, prompts[prompt], tokenizer, how)
+            _Row(number, prompt, sample, prompts[prompt], tokenizer, how, ends)
             for number, (prompt, sample) in enumerate(wanted[first : first + together])
         ]
         try:
@@ -216,14 +220,18 @@ def _next_tokens(engine: Engine, row: _Row) -> np.ndarray:
 
 
 def complete(
-    engine: Engine, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], how: Sampling
+    engine: Engine,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[int]],
+    how: Sampling,
+    ends: Collection[int] = (),
 ) -> list[Piece]:
     """The finished completions, prompt by prompt and sample by sample: one `Piece` with all of
     the text for each."""
     wanted = list(itertools.product(range(len(prompts)), range(how.num_samples)))
     texts = dict.fromkeys(wanted, "")
     reasons: dict[tuple[int, int], FinishReason | None] = {}
-    for piece in stream(engine, tokenizer, prompts, how):
+    for piece in stream(engine, tokenizer, prompts, how, ends):
         texts[piece.prompt, piece.sample] += piece.text
         reasons[piece.prompt, piece.sample] = piece.finish_reason
     return [Piece(i, texts[prompt, i], reasons[prompt, i], prompt) for prompt, i in wanted]
@@ -268,6 +276,7 @@ class _Row:
         tokens: Sequence[int],
         tokenizer: Tokenizer,
         how: Sampling,
+        ends: Collection[int],
     ) -> None:
         self.number, self.prompt, self.sample, self.how = number, prompt, sample, how
         self.tokens = list(tokens) or _first_tokens(tokenizer)
@@ -275,7 +284,7 @@ class _Row:
         self.length = 0  # how many tokens the engine's row holds; it slides when they are too many
         self.vocab_size = tokenizer.vocab_size
         self.decoder = IncrementalDecoder(tokenizer)
-        self.end_of_text = tokenizer.end_of_text
+        self.ends = {tokenizer.end_of_text, *ends}
         self.held = ""  # text that may be the beginning of a stop string
         self.finished = False
 
@@ -290,7 +299,7 @@ class _Row:
     def take(self, token: int) -> Iterator[Piece]:
         self.tokens.append(token)
         self.seen.add(token)
-        if token == self.end_of_text:
+        if token in self.ends:
             self.finished = True
             yield self.piece(self.flush(), "end_of_text")
             return

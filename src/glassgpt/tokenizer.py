@@ -21,19 +21,29 @@ from typing import Any, Protocol
 import numpy as np
 
 from glassgpt.errors import UserError, explain_os_errors
+from glassgpt.tokenizer_json import (
+    bpe_pattern,
+    byte_alphabet,
+    byte_level,
+    pair,
+    special_tokens,
+    tiktoken_can,
+    tokenizer_json,
+    tokens_before,
+    with_tokens,
+    without_prepend,
+)
 
 END_OF_TEXT = "<|endoftext|>"
 UNKNOWN = "<unk>"
 _ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>")  # between texts: GPT-2 and Qwen, Llama 3, Llama 2
-# How GPT-2 cuts text before merging: contractions, words, numbers and punctuation each with the
-# space before them, and white space. Possessive quantifiers are for speed; the cuts are the same.
-GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 
 
 class Tokenizer(Protocol):
     """What the rest of the package may ask of any tokenizer."""
 
     spec: dict[str, Any]  # the content of tokenizer.json
+    special: dict[str, int]  # tokens that no text is read as: name -> id
 
     @property
     def kind(self) -> str: ...  # "char", "byte" or "bpe"
@@ -55,7 +65,7 @@ class _Spec:
     """What the two kinds share: identity and equality come from the spec alone."""
 
     def __init__(self, spec: dict[str, Any]) -> None:
-        self.spec = spec
+        self.spec, self.special = spec, special_tokens(spec)
 
     @cached_property
     def _bytes_of(self) -> list[bytes]:
@@ -67,8 +77,7 @@ class _Spec:
 
     @property
     def end_of_text(self) -> int | None:
-        special = {t["content"]: t["id"] for t in self.spec.get("added_tokens") or []}
-        return next((special[name] for name in _ENDS if name in special), None)
+        return next((self.special[name] for name in _ENDS if name in self.special), None)
 
     @property
     def unknown_token(self) -> str | None:
@@ -102,12 +111,12 @@ class CharTokenizer(_Spec):
         model = {"type": "WordLevel", "vocab": vocab, "unk_token": unknown}
         split = {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated",
                  "invert": False}  # fmt: skip
-        return cls(_tokenizer_json(model, split, {"type": "Fuse"}))
+        return cls(tokenizer_json(model, split, {"type": "Fuse"}))
 
     @cached_property
     def _bytes_of(self) -> list[bytes]:
-        vocab = self.spec["model"]["vocab"]
-        return [token.encode("utf-8", "replace") for token in sorted(vocab, key=vocab.__getitem__)]
+        ids = self.spec["model"]["vocab"] | self.special
+        return [token.encode("utf-8", "replace") for token in sorted(ids, key=ids.__getitem__)]
 
     @cached_property
     def _table(self) -> np.ndarray:
@@ -122,7 +131,8 @@ class CharTokenizer(_Spec):
     def check(self) -> None:
         """Raises `UserError` for a vocabulary that can't be one."""
         vocab, unknown = self.spec["model"]["vocab"], self.unknown_token
-        if sorted(vocab.values()) != list(range(len(vocab))) or unknown not in vocab:
+        ids = vocab | self.special
+        if sorted(ids.values()) != list(range(len(ids))) or unknown not in vocab:
             raise UserError(f"tokenizer.json is damaged: its ids are not 0, 1, 2, ... or without "
                             f"that of its unk_token {unknown!r}")  # fmt: skip
 
@@ -131,7 +141,13 @@ class CharTokenizer(_Spec):
         return self._table[points]
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
-        return self.encode_array(text).tolist()
+        if not special or not self.special:
+            return self.encode_array(text).tolist()
+        ids = tokens_before(self.spec)
+        for part in re.split(f"({either(self.special)})", text):
+            known = self.special.get(part)
+            ids += self.encode_array(part).tolist() if known is None else [known]
+        return ids
 
     def unknown(self, text: str) -> list[str]:
         vocab = self.spec["model"]["vocab"]
@@ -146,9 +162,8 @@ class BPETokenizer(_Spec):
 
     def __init__(self, spec: dict[str, Any]) -> None:
         super().__init__(spec)
-        self._special = {t["content"]: t["id"] for t in spec.get("added_tokens") or []}
         self._pattern = bpe_pattern(spec)
-        self._nfc = spec.get("normalizer") is not None  # _tiktoken_can allows no other
+        self._nfc = spec.get("normalizer") is not None  # tiktoken_can allows no other
 
     def check(self) -> None:
         """Raises `UserError` for a vocabulary that can't be one, before tiktoken panics."""
@@ -158,7 +173,7 @@ class BPETokenizer(_Spec):
         if not {bytes([b]) for b in range(256)} <= set(self._bytes_of):
             raise UserError("tokenizer.json is damaged: not every byte has an id")
         for merge in self.spec["model"]["merges"]:
-            if "".join(_pair(merge)) not in self.spec["model"]["vocab"]:
+            if "".join(pair(merge)) not in self.spec["model"]["vocab"]:
                 raise UserError(f"tokenizer.json is damaged: merge {merge} makes no token")
         self._encoding  # noqa: B018  (the pattern, too, must be one)
 
@@ -172,9 +187,9 @@ class BPETokenizer(_Spec):
         tokens = {
             i: bytes(alphabet[char] for char in token)
             for token, i in self.spec["model"]["vocab"].items()
-            if token not in self._special
+            if token not in self.special
         }
-        tokens |= {i: token.encode() for token, i in self._special.items()}
+        tokens |= {i: token.encode() for token, i in self.special.items()}
         return [tokens.get(i, b"") for i in range(max(tokens) + 1)]
 
     @cached_property
@@ -184,10 +199,10 @@ class BPETokenizer(_Spec):
         ranks = {
             self._bytes_of[i]: i
             for token, i in self.spec["model"]["vocab"].items()
-            if token not in self._special
+            if token not in self.special
         }
         return tiktoken.Encoding(
-            "glassgpt", pat_str=self._pattern, mergeable_ranks=ranks, special_tokens=self._special
+            "glassgpt", pat_str=self._pattern, mergeable_ranks=ranks, special_tokens=self.special
         )
 
     def encode_array(self, text: str, *, continues: bool = False) -> np.ndarray:
@@ -232,7 +247,7 @@ class LibraryTokenizer(_Spec):
         from tokenizers import Tokenizer as Library
 
         try:
-            rest = _without_prepend(spec)
+            rest = without_prepend(spec)
             self._text, self._prompt, self._rest = (
                 Library.from_str(json.dumps(kind)) for kind in (spec, spec, rest)
             )
@@ -244,11 +259,10 @@ class LibraryTokenizer(_Spec):
     @cached_property
     def _bytes_of(self) -> list[bytes]:
         alphabet = {char: byte for byte, char in enumerate(byte_alphabet())}
-        special = {token["content"] for token in self.spec.get("added_tokens") or []}
         by_bytes = "ByteLevel" in json.dumps(self.spec.get("decoder"))
 
         def content(token: str) -> bytes:
-            if token in special:
+            if token in self.special:
                 return token.encode()
             if by_bytes:
                 return bytes(alphabet[char] for char in token)
@@ -276,38 +290,23 @@ class LibraryTokenizer(_Spec):
         return []
 
 
+def either(tokens: Iterable[str]) -> str:
+    """A regular expression that finds any of them; of two that begin alike, the longer one."""
+    return "|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or r"(?!)"
+
+
 def _whole_characters(text: str) -> str:
     """Half a surrogate pair (a bad byte on a command line) is no character of any text."""
     return text if text.isascii() else text.encode("utf-8", "replace").decode()
 
 
-def _without_prepend(spec: dict) -> dict:
-    """For text within a document: SentencePiece puts a space before the first word only."""
-    normalizer = spec.get("normalizer") or {}
-    steps = normalizer.get("normalizers", [normalizer])
-    kept = [step for step in steps if step and step.get("type") != "Prepend"]
-    return spec | {"normalizer": {"type": "Sequence", "normalizers": kept} if kept else None}
-
-
-def tokens_before(spec: dict) -> list[int]:
-    """The ids that the tokenizer puts before every text."""
-    processor = spec.get("post_processor") or {}
-    before = []
-    for step in processor.get("processors", [processor]):
-        for item in step.get("single", []) if step.get("type") == "TemplateProcessing" else []:
-            if "SpecialToken" not in item:
-                break
-            before += step["special_tokens"][item["SpecialToken"]["id"]]["ids"]
-    return before
-
-
-# -- building specs ------------------------------------------------------------------------------
+# -- building ------------------------------------------------------------------------------------
 
 
 def byte_tokenizer() -> BPETokenizer:
     """256 bytes and `<|endoftext|>`: id and byte value are the same number."""
     vocab = {char: byte for byte, char in enumerate(byte_alphabet())}
-    return _byte_level(vocab, [], use_regex=False)
+    return BPETokenizer(byte_level(vocab, [], end=END_OF_TEXT, use_regex=False))
 
 
 def gpt2_tokenizer(encoder_json: bytes, vocab_bpe: bytes) -> BPETokenizer:
@@ -320,7 +319,8 @@ def gpt2_tokenizer(encoder_json: bytes, vocab_bpe: bytes) -> BPETokenizer:
         raise UserError("the vocabulary is not GPT-2's; with another one a tokenizer.json is "
                         "needed") from error  # fmt: skip
     lines = vocab_bpe.decode("utf-8").split("\n")[1:]  # the first line is a version
-    return _byte_level(vocab, [line.split(" ") for line in lines if line], use_regex=True)
+    merges = [line.split(" ") for line in lines if line]
+    return BPETokenizer(byte_level(vocab, merges, end=END_OF_TEXT, use_regex=True))
 
 
 _MAX_BPE = 1_000_000  # tokens; no model has as many, and the trainer makes room for all at once
@@ -348,58 +348,16 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
     )
     trainee.train_from_iterator(texts, trainer)
     model = json.loads(trainee.to_str())["model"]
-    return _byte_level(model["vocab"], [_pair(m) for m in model["merges"]], use_regex=True)
-
-
-def _byte_level(vocab: dict[str, int], merges: list, *, use_regex: bool) -> BPETokenizer:
-    end = len(vocab)
-    model = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-             "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
-             "ignore_merges": False, "vocab": {**vocab, END_OF_TEXT: end},
-             "merges": [list(merge) for merge in merges]}  # fmt: skip
-    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
-             "use_regex": use_regex}  # fmt: skip
-    added = {"id": end, "content": END_OF_TEXT, "single_word": False, "lstrip": False,
-             "rstrip": False, "normalized": False, "special": True}  # fmt: skip
-    return BPETokenizer(_tokenizer_json(model, level, level, [added]))
-
-
-def _tokenizer_json(model: dict, pre: dict, decoder: dict, added: Sequence[dict] = ()) -> dict:
-    return {"version": "1.0", "truncation": None, "padding": None, "added_tokens": list(added),
-            "normalizer": None, "pre_tokenizer": pre, "post_processor": None, "decoder": decoder,
-            "model": model}  # fmt: skip
-
-
-def byte_alphabet() -> list[str]:
-    """The printable stand-in for each byte value, as GPT-2's vocabulary files write them.
-
-    Printable Latin-1 stands for itself; the other 68 bytes are moved to U+0100 and up.
-    """
-    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    moved = iter(range(256, 512))
-    return [chr(byte if byte in printable else next(moved)) for byte in range(256)]
-
-
-def _pair(merge: str | list[str]) -> tuple[str, str]:
-    """Merges stand as "a b" in older files, as ["a", "b"] in newer ones."""
-    first, second = merge.split(" ") if isinstance(merge, str) else merge
-    return first, second
-
-
-def bpe_pattern(spec: dict) -> str:
-    """The splitting pattern of a byte-level BPE spec; raises `UserError` for any other kind."""
-    steps = spec.get("pre_tokenizer") or {}
-    steps = steps.get("pretokenizers", [steps])
-    pattern = None
-    for step in steps:
-        if step.get("type") == "Split" and step.get("behavior") == "Isolated":
-            pattern = step["pattern"].get("Regex")
-        elif step.get("type") == "ByteLevel" and not step.get("add_prefix_space"):
-            return pattern or (GPT2_PATTERN if step.get("use_regex", True) else r"[\s\S]+")
-    raise UserError("tokenizer.json: only byte-level BPE (GPT-2, Llama 3, Qwen) can be read")
+    merges = [pair(merge) for merge in model["merges"]]
+    return BPETokenizer(byte_level(model["vocab"], merges, end=END_OF_TEXT, use_regex=True))
 
 
 # -- files ---------------------------------------------------------------------------------------
+
+
+def add_tokens(tokenizer: Tokenizer, names: Iterable[str]) -> Tokenizer:
+    """The same with special tokens at the end; those that are there already keep their ids."""
+    return from_spec(with_tokens(tokenizer.spec, names))
 
 
 def from_spec(spec: dict[str, Any]) -> Tokenizer:
@@ -411,7 +369,7 @@ def from_spec(spec: dict[str, Any]) -> Tokenizer:
             tokenizer.check()
             return tokenizer
         if kind == "BPE":
-            if not _tiktoken_can(spec):
+            if not tiktoken_can(spec):
                 return LibraryTokenizer(spec)
             bpe = BPETokenizer(spec)
             bpe.check()
@@ -421,18 +379,6 @@ def from_spec(spec: dict[str, Any]) -> Tokenizer:
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise UserError(f"tokenizer.json is damaged: {error!r}") from error
     raise UserError(f"tokenizer.json: a {kind} tokenizer can't be read; BPE and char can")
-
-
-def _tiktoken_can(spec: dict) -> bool:
-    """Byte-level, cut by a pattern alone, and merges in the order of their ids: tiktoken merges
-    the pair whose *result* has the lowest id, Hugging Face the pair that stands first."""
-    steps = spec.get("pre_tokenizer") or {}
-    for step in steps.get("pretokenizers", [steps]):
-        if step.get("type") not in ("ByteLevel", "Split") or step.get("add_prefix_space"):
-            return False
-    vocab = spec["model"]["vocab"]
-    ids = [vocab["".join(_pair(merge))] for merge in spec["model"]["merges"]]
-    return spec.get("normalizer") in (None, {"type": "NFC"}) and ids == sorted(ids)
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -458,7 +404,9 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         raise UserError(f"{path}: {error}") from error
 
 
-def to_files(tokenizer: Tokenizer, context_length: int | None = None) -> dict[str, bytes]:
+def to_files(
+    tokenizer: Tokenizer, context_length: int | None = None, chat_template: str | None = None
+) -> dict[str, bytes]:
     """File name -> content, for `transformers.AutoTokenizer`."""
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -466,10 +414,9 @@ def to_files(tokenizer: Tokenizer, context_length: int | None = None) -> dict[st
     }
     if context_length is not None:
         config["model_max_length"] = context_length
-    if tokenizer.end_of_text is not None:
-        config["eos_token"] = tokenizer.token_bytes(tokenizer.end_of_text).decode()
-    if (begin := begin_of_text(tokenizer)) is not None:
-        config["bos_token"] = tokenizer.token_bytes(begin).decode()
+    config |= named_tokens(tokenizer)
+    if chat_template is not None:
+        config["chat_template"] = chat_template
     return {
         "tokenizer.json": json.dumps(tokenizer.spec, ensure_ascii=False, indent=1).encode("utf-8"),
         "tokenizer_config.json": (json.dumps(config, indent=2) + "\n").encode("utf-8"),
@@ -486,6 +433,12 @@ def unknown_note(tokenizer: Tokenizer, text: str) -> str | None:
 def begin_of_text(tokenizer: Tokenizer) -> int | None:
     """The id that stands before every text; where there is none (GPT-2), the one between texts."""
     return next(iter(tokens_before(tokenizer.spec)), tokenizer.end_of_text)
+
+
+def named_tokens(tokenizer: Tokenizer) -> dict[str, str]:
+    """The tokens behind and before a text, as `transformers` and chat templates call them."""
+    ids = {"eos_token": tokenizer.end_of_text, "bos_token": begin_of_text(tokenizer)}
+    return {name: tokenizer.token_bytes(i).decode() for name, i in ids.items() if i is not None}
 
 
 def fingerprint(tokenizer: Tokenizer) -> str:

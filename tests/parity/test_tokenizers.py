@@ -13,12 +13,8 @@ from transformers import AutoConfig, AutoTokenizer
 from conftest import tiny_config, tiny_model, weights_of
 from glassgpt.checkpoint import Checkpoint, save_model
 from glassgpt.generate import IncrementalDecoder
-from glassgpt.tokenizer import (
-    BPETokenizer,
-    LibraryTokenizer,
-    byte_alphabet,
-    load_tokenizer,
-)
+from glassgpt.tokenizer import BPETokenizer, LibraryTokenizer, load_tokenizer
+from glassgpt.tokenizer_json import byte_alphabet
 
 CORPUS = ["The Wizard of Oz 1900, 1908 and 1,234.5; don't we'll 😀 你好 naïve\n\n\tZwölf"] * 9
 TEXTS = ["Hello world 2024!", "  two  spaces\n\nand lines", "你好，世界 😀 e\u0301", "a", "",

@@ -32,6 +32,7 @@ from glassgpt.tokenizer import (
     to_files,
     train_bpe,
 )
+from glassgpt.tokenizer_json import byte_alphabet
 
 CORPUS = (
     "The Wizard said: \"I can't help you, dear; we'll see!\" 1900, 1,234.5 ...\n\n"
@@ -431,7 +432,7 @@ def test_cut_files_are_refused(tmp_path: Path) -> None:
 
 def test_printable_stand_ins_are_gpt2s() -> None:
     """The alphabet must be GPT-2's, or its vocabulary would be read wrongly."""
-    alphabet = glassgpt.tokenizer.byte_alphabet()
+    alphabet = byte_alphabet()
     assert sorted(alphabet) == sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     assert len(set(alphabet)) == 256
     assert alphabet[ord(" ")] == "Ġ"

@@ -31,11 +31,11 @@ def to_huggingface(
     weights: Mapping[str, np.ndarray],
     *,
     begin: int | None = None,
-    end: int | None = None,
+    end: int | list[int] | None = None,
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Our weights -> the content of config.json and the tensors of model.safetensors.
 
-    `begin` and `end`: ids of the tokens before and after a text.
+    `begin` and `end`: ids of the tokens before and after a text, of the latter perhaps several.
     """
     tensors: dict[str, np.ndarray] = {}
     shapes = config.weight_shapes
@@ -211,7 +211,9 @@ def _rope_json(config: ModelConfig) -> dict[str, Any]:
     return values
 
 
-def _config_json(config: ModelConfig, begin: int | None, end: int | None) -> dict[str, Any]:
+def _config_json(
+    config: ModelConfig, begin: int | None, end: int | list[int] | None
+) -> dict[str, Any]:
     common = {
         "architectures": [_ARCHITECTURES[config.family]],
         "model_type": config.family,

@@ -23,15 +23,8 @@ import numpy as np
 from glassgpt.config import ModelConfig, RopeScaling
 from glassgpt.config import Precision as Kind
 from glassgpt.errors import UserError, explain_os_errors
-from glassgpt.tokenizer import (
-    GPT2_PATTERN,
-    UNKNOWN,
-    LibraryTokenizer,
-    Tokenizer,
-    bpe_pattern,
-    byte_alphabet,
-    tokens_before,
-)
+from glassgpt.tokenizer import UNKNOWN, LibraryTokenizer, Tokenizer
+from glassgpt.tokenizer_json import GPT2_PATTERN, bpe_pattern, byte_alphabet, tokens_before
 
 if TYPE_CHECKING:
     from gguf import GGUFReader, GGUFWriter

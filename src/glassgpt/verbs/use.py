@@ -1,4 +1,4 @@
-"""The verbs that use models: sample, eval, export, bench."""
+"""The verbs that use models: sample, chat, eval, export, bench."""
 
 from __future__ import annotations
 
@@ -8,8 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from glassgpt.arguments import LIST, SampleOptions, TrainOptions
-from glassgpt.config import EngineName, Format, Precision, Sampling, WeightPrecision
+from glassgpt.arguments import LIST, ChatOptions, SampleOptions, TrainOptions
+from glassgpt.config import (
+    CHAT_TEMPERATURE,
+    EngineName,
+    Format,
+    Precision,
+    Sampling,
+    WeightPrecision,
+)
 
 if TYPE_CHECKING:
     from glassgpt.runlog import Progress
@@ -69,6 +76,55 @@ def sample(
     text = read_prompt(prompt)
     chosen = model.engine(engine, weights, threads, say=_note)
     print_samples(model, chosen, text, how, show_prompt=not completion_only)
+
+
+def chat(
+    run: str,
+    /,
+    *,
+    system: Annotated[str | None, Parameter(allow_leading_hyphen=True)] = None,
+    weights: WeightPrecision = "float32",
+    engine: EngineName = "auto",
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
+    threads: int | None = None,
+    options: Annotated[ChatOptions, Parameter(name="*")] = {},  # noqa: B006
+) -> None:
+    """Talk with a model finetuned on conversations; a base model continues your text.
+
+    RUN is what `sample` takes. Ctrl-C stops an answer, Ctrl-D leaves. /help lists what else there
+    is: take back, try again, save, load, set how answers are drawn. From a pipe, each line is a
+    message.
+
+    Examples:
+
+    glassgpt chat runs/helper --system "Answer in one sentence."
+
+    echo "What is a prime number?" | glassgpt chat runs/helper --temperature 0
+
+    Parameters
+    ----------
+    run:
+        Run directory, or the name of a model.
+    system:
+        What the model is told before everything else.
+    weights:
+        Of the matrices: float32, int8, int4; on a GPU float32 or bfloat16.
+    engine:
+        What computes: numba, numpy, torch, gpu [the fastest].
+    device:
+        Where to compute: auto, cpu, cuda, mps.
+    threads:
+        Of the CPU [all cores].
+    """
+    import glassgpt
+    from glassgpt.chatting import Session, talk
+
+    model = glassgpt.load(run, device=device)
+    how = Sampling(**({"temperature": CHAT_TEMPERATURE} | dict(options)))
+    chosen = model.engine(engine, weights, threads, say=_note)
+    session = Session(model, chosen, how, system=system, say=_note)
+    _note(session.greeting(run))
+    talk(session)
 
 
 def _note(text: str) -> None:
