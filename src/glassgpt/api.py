@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from glassgpt.checkpoint import Checkpoint
+from glassgpt.checkpoint import Checkpoint, require_language_model
 from glassgpt.config import DEVICES, EngineName, ModelConfig, Sampling, WeightPrecision
 from glassgpt.engine import Engine
 from glassgpt.engine.choose import build_engine, check_choice
 from glassgpt.errors import UserError, nearest
 from glassgpt.generate import Piece, complete, stream
 from glassgpt.pretrained import load_pretrained
+from glassgpt.runlog import aligned
 from glassgpt.tokenizer import Tokenizer, unknown_note
 
 if TYPE_CHECKING:
@@ -36,21 +37,29 @@ _log = logging.getLogger("glassgpt")  # a process that set up nothing prints its
 class LoadedModel:
     """Weights, tokenizer and config of a run directory."""
 
-    def __init__(self, checkpoint: Checkpoint, device: str = "auto") -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, device: str = "auto", name: str | Path = "this model"
+    ) -> None:
         if device not in DEVICES:
             raise UserError(f"device={device!r}: choose from {', '.join(DEVICES)}")
-        self.checkpoint, self.device = checkpoint, device
+        self.checkpoint, self.device, self.name = checkpoint, device, name
         self.config: ModelConfig = checkpoint.config
         self.tokenizer: Tokenizer = checkpoint.tokenizer
         self._engine: tuple[tuple, Engine] | None = None
 
     @classmethod
     def from_folder(cls, path: str | Path, device: str = "auto") -> LoadedModel:
-        return cls(load_pretrained(path), device)
+        return cls(load_pretrained(path), device, path)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The classes of a classifier; () of a model that writes text."""
+        return self.checkpoint.labels
 
     @cached_property
     def model(self) -> GPT:
-        """The torch module, in evaluation mode: `m.model(tokens)` gives logits (B, T, V)."""
+        """The torch module, in evaluation mode: `m.model(tokens)` gives logits (B, T, V), of a
+        classifier (B, T, n_classes)."""
         from glassgpt.engine.choose import torch_model
 
         return torch_model(self.checkpoint, self.device)
@@ -66,6 +75,7 @@ class LoadedModel:
     ) -> Engine:
         """What computes when text is generated, with rows of its own; the last one's weights are
         kept. On a GPU, `compile` makes steps faster after half a minute of preparation."""
+        require_language_model(self.checkpoint, self.name)
         threads = check_choice(self.device, engine, weights, threads)
         wanted = engine, weights, threads, compile
         if self._engine is None or self._engine[0] != wanted:
@@ -124,6 +134,22 @@ class LoadedModel:
         completed = [pieces[i : i + n] for i in starts] if n > 1 else pieces
         return completed if several else completed[0]
 
+    def classify(self, texts: str | Sequence[str]) -> list[dict[str, float]]:
+        """For each text (or the one) the probability of every label, most likely first.
+
+        What does not fit in the context is not read. Raises `UserError` for a model that is no
+        classifier, and for an empty text.
+        """
+        if not self.labels:
+            raise UserError(f"{self.name} is no classifier: it continues a text "
+                            f'(glassgpt sample {self.name} --prompt "...")')  # fmt: skip
+        from glassgpt.classify import probabilities
+
+        texts = [texts] if isinstance(texts, str) else texts
+        rows = probabilities(self.model, self.tokenizer, texts).tolist()
+        pairs = (zip(self.labels, row, strict=True) for row in rows)
+        return [dict(sorted(pair, key=lambda one: -one[1])) for pair in pairs]
+
 
 _stream = stream  # `generate` has an argument of the same name
 
@@ -133,6 +159,18 @@ def _is_several(prompt: object) -> bool:
     if isinstance(prompt, str) or not isinstance(prompt, Sequence):
         return False
     return any(isinstance(one, (Sequence, np.ndarray)) for one in prompt)
+
+
+def print_labels(model: LoadedModel, text: str) -> None:
+    """What `glassgpt sample --text` shows: labels on stdout, notes on stderr."""
+    found = model.classify(text)[0]
+    note = unknown_note(model.tokenizer, text)
+    if note:
+        print(f"note: {note}", file=sys.stderr)
+    if len(model.tokenizer.encode(text)) > model.config.context_length:
+        print(f"note: only the first {model.config.context_length} tokens of the text are read",
+              file=sys.stderr)  # fmt: skip
+    print(aligned([(label, f"{probability:.4f}") for label, probability in found.items()]))
 
 
 def print_samples(

@@ -19,7 +19,7 @@ from typing import Any, get_args
 
 import numpy as np
 
-from glassgpt.checkpoint import Checkpoint
+from glassgpt.checkpoint import Checkpoint, require_language_model
 from glassgpt.config import EngineName, WeightPrecision
 from glassgpt.engine import Engine
 from glassgpt.engine.choose import build_engine
@@ -111,7 +111,8 @@ def bench_decode(
 
 def describe_decode(run: str, *, threads: int | None, progress: Progress, **how: Any) -> str:
     """The table for the model `run`, and how fast memory is."""
-    speeds = list(bench_decode(load_pretrained(run), threads=threads, progress=progress, **how))
+    checkpoint = require_language_model(load_pretrained(run), run)
+    speeds = list(bench_decode(checkpoint, threads=threads, progress=progress, **how))
     progress.status("measuring the memory")
     bandwidth = memory_bandwidth(threads)
     return f"{table(speeds, bandwidth)}\nmemory speed: {bandwidth / 1e9:.1f} GB/s"

@@ -22,7 +22,12 @@ from typing import Any
 import numpy as np
 
 from glassgpt.config import ModelConfig
-from glassgpt.convert.huggingface import config_from_json, from_huggingface, to_huggingface
+from glassgpt.convert.huggingface import (
+    config_from_json,
+    from_huggingface,
+    labels_from_json,
+    to_huggingface,
+)
 from glassgpt.convert.peft import apply_adapter, to_peft
 from glassgpt.errors import UserError, explain_os_errors
 from glassgpt.system import write_file
@@ -45,6 +50,14 @@ class Checkpoint:
     chat_template: str | None = None  # Jinja, of a model that was finetuned on conversations
     ends: tuple[int, ...] = ()  # ids that end what it writes, beside the tokenizer's end_of_text
     labels: tuple[str, ...] = ()  # of a classifier, whose head is weights["score.weight"]
+
+
+def require_language_model(checkpoint: Checkpoint, name: str | Path = "this model") -> Checkpoint:
+    """`checkpoint`; raises `UserError` for a classifier, whose head knows no tokens."""
+    if checkpoint.labels:
+        raise UserError(f"{name} is a classifier ({len(checkpoint.labels)} labels) and predicts no "
+                        f'tokens; ask it with: glassgpt sample {name} --text "..."')  # fmt: skip
+    return checkpoint
 
 
 # -- files ---------------------------------------------------------------------------------------
@@ -75,13 +88,16 @@ def save_model(folder: str | Path, checkpoint: Checkpoint) -> None:
     folder = Path(folder)
     with explain_os_errors(f"write {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
-    config, tokenizer = checkpoint.config, checkpoint.tokenizer
+    config, tokenizer, labels = checkpoint.config, checkpoint.tokenizer, checkpoint.labels
     begin, ends = begin_of_text(tokenizer), [tokenizer.end_of_text, *checkpoint.ends]
     ends = list(dict.fromkeys(end for end in ends if end is not None))
     end = ends if len(ends) > 1 else next(iter(ends), None)
-    config_json, tensors = to_huggingface(config, checkpoint.weights, begin=begin, end=end)
-    files = to_files(tokenizer, config.context_length, checkpoint.chat_template)
-    for name, content in files.items():
+    config_json, tensors = to_huggingface(config, checkpoint.weights, begin=begin, end=end,
+                                          labels=labels)  # fmt: skip
+    more = _for_classifying(tokenizer) if labels else {}
+    if checkpoint.chat_template is not None:
+        more["chat_template"] = checkpoint.chat_template
+    for name, content in to_files(tokenizer, config.context_length, **more).items():
         write_file(folder / name, content)
     write_json(folder / "config.json", config_json)
     generation = {"bos_token_id": begin, "eos_token_id": end, "do_sample": True}
@@ -94,6 +110,14 @@ def save_model(folder: str | Path, checkpoint: Checkpoint) -> None:
         **checkpoint.info,
     }
     write_json(folder / "glassgpt.json", about)
+
+
+def _for_classifying(tokenizer: Tokenizer) -> dict[str, Any]:
+    """For tokenizer_config.json: texts of a batch are padded, a special token in them is text."""
+    values: dict[str, Any] = {"padding_side": "right", "split_special_tokens": True}
+    if tokenizer.end_of_text is not None:
+        values["pad_token"] = tokenizer.token_bytes(tokenizer.end_of_text).decode()
+    return values
 
 
 def load_model(path: str | Path) -> Checkpoint:
@@ -112,7 +136,8 @@ def load_model(path: str | Path) -> Checkpoint:
             config = ModelConfig(**info["model"])
         except TypeError as error:
             raise UserError(f"{folder / 'glassgpt.json'} is damaged: {error}") from error
-    weights = from_huggingface(config, SafeTensors(_weight_files(folder)), str(folder))
+    labels = labels_from_json(config_json, str(folder / "config.json"))
+    weights = from_huggingface(config, SafeTensors(_weight_files(folder)), str(folder), labels)
     tokenizer = load_tokenizer(folder)
     if tokenizer.vocab_size > config.vocab_size:
         raise UserError(
@@ -120,7 +145,7 @@ def load_model(path: str | Path) -> Checkpoint:
             f"the model only {config.vocab_size}; they do not belong together"
         )
     template, ends = _chat_template(folder, tokenizer), _ends(folder, tokenizer)
-    return Checkpoint(config, weights, tokenizer, info, chat_template=template, ends=ends)
+    return Checkpoint(config, weights, tokenizer, info, template, ends, labels)
 
 
 def _chat_template(folder: Path, tokenizer: Tokenizer) -> str | None:

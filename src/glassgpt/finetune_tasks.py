@@ -154,7 +154,8 @@ class LabelTask(FinetuneTask):
         head = model.head.weight.detach().cpu().numpy()
         weights = Lazy({name: partial(saved.weights.__getitem__, name) for name in body}
                        | {"score.weight": lambda: head})  # fmt: skip
-        return dataclasses.replace(saved, weights=weights, labels=self.labels)
+        return dataclasses.replace(saved, weights=weights, labels=self.labels, chat_template=None,
+                                   ends=())  # fmt: skip
 
     def restore(
         self, model: GPT, saved: ckpt.Checkpoint | None, tensors: Mapping[str, np.ndarray]

@@ -1,14 +1,24 @@
 """Figures of runs. `loss_curve(Path("runs/book"), guessing=(4.17, "guessing"))`
 
-Reads metrics.jsonl only; knows no model.
+Knows metrics.jsonl and plain numbers, no model.
 """
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from glassgpt.errors import explain_os_errors
 from glassgpt.runlog import read_metrics
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_LABEL_WIDTH = 24  # characters of a label beside a matrix
 
 
 def loss_curve(run: Path, *, guessing: tuple[float, str]) -> None:
@@ -37,9 +47,45 @@ def loss_curve(run: Path, *, guessing: tuple[float, str]) -> None:
     axes.set_ylabel("loss (nats per token)")
     axes.grid(alpha=0.2)
     axes.legend()
-    target = run / "loss.png"
-    temporary = run / ".partial-loss.png"
-    with explain_os_errors(f"write {target}"):
+    _save(figure, run / "loss.png")
+
+
+def confusion(path: Path, matrix: np.ndarray, labels: Sequence[str]) -> None:
+    """Which classes are taken for which, as a picture: `matrix` (n, n) counts examples of class i
+    (a row) that were guessed to be j; every cell also shows its share of the row."""
+    from matplotlib.figure import Figure
+
+    n, total = len(labels), matrix.sum(axis=1, keepdims=True)
+    share = matrix / np.maximum(total, 1)  # (n, n)
+    cell = min(max(0.5, 4 / n), 30 / n)  # inches, so that numbers can be read among 60 classes
+    figure = Figure(figsize=(n * cell + 3, n * cell + 2), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(share, cmap="Blues", vmin=0, vmax=1)  # by lightness: for all eyes
+    for i, j in np.argwhere(matrix > 0) if cell >= 0.5 else ():
+        text = f"{matrix[i, j]:,}\n{share[i, j]:.0%}"
+        colour = "white" if share[i, j] > 0.5 else "black"
+        axes.text(j, i, text, ha="center", va="center", color=colour, fontsize=min(11, 14 * cell),
+                  clip_on=True)  # so that the layout need not measure it  # fmt: skip
+    shown = [" ".join(label.split()) for label in labels]
+    shown = [s if len(s) <= _LABEL_WIDTH else f"{s[: _LABEL_WIDTH - 1]}…" for s in shown]
+    how: dict[str, Any] = {"fontsize": min(10, 20 * cell), "parse_math": False}
+    upright = 90 if max(map(len, shown)) > 12 * cell else 0
+    axes.set_xticks(range(n), shown, rotation=upright, **how)
+    axes.set_yticks(range(n), shown, **how)
+    axes.set_xlabel("predicted class")
+    axes.set_ylabel("true class")
+    right = matrix.trace()
+    axes.set_title(f"{right:,} of {matrix.sum():,} right")
+    bar = figure.colorbar(image, ax=axes, shrink=0.6, format="{x:.0%}")
+    bar.set_label("share of the true class")
+    _save(figure, path)
+
+
+def _save(figure: Figure, target: Path) -> None:
+    """All of the picture or what was there before."""
+    temporary = target.with_name(f".partial-{target.name}")
+    with explain_os_errors(f"write {target}"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph", UserWarning)  # letters that the font lacks
         figure.savefig(temporary, dpi=120)
         temporary.replace(target)
 

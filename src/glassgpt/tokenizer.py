@@ -405,21 +405,21 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 
 def to_files(
-    tokenizer: Tokenizer, context_length: int | None = None, chat_template: str | None = None
+    tokenizer: Tokenizer, context_length: int | None = None, **more: Any
 ) -> dict[str, bytes]:
-    """File name -> content, for `transformers.AutoTokenizer`."""
+    """File name -> content, for `transformers.AutoTokenizer`; `more` stands in its config, too."""
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
+        # transformers 4 would add token types, which GPT-2 takes for tokens.
+        "model_input_names": ["input_ids", "attention_mask"],
     }
     if context_length is not None:
         config["model_max_length"] = context_length
     config |= named_tokens(tokenizer)
-    if chat_template is not None:
-        config["chat_template"] = chat_template
     return {
         "tokenizer.json": json.dumps(tokenizer.spec, ensure_ascii=False, indent=1).encode("utf-8"),
-        "tokenizer_config.json": (json.dumps(config, indent=2) + "\n").encode("utf-8"),
+        "tokenizer_config.json": (json.dumps(config | more, indent=2) + "\n").encode("utf-8"),
     }
 
 

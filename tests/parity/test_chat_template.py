@@ -61,7 +61,7 @@ def tokenizer_of(name: str) -> Tokenizer:
 
 def saved(tokenizer: Tokenizer, template: str | None, folder: Path):
     folder.mkdir(exist_ok=True)
-    for name, content in to_files(tokenizer, 1000, template).items():
+    for name, content in to_files(tokenizer, 1000, chat_template=template).items():
         (folder / name).write_bytes(content)
     return AutoTokenizer.from_pretrained(folder)
 

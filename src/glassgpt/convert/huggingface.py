@@ -1,5 +1,7 @@
 """Our tensor names and config <-> Hugging Face's (GPT2LMHeadModel, Llama, Qwen3).
 
+With labels, the head tells classes apart instead of tokens: GPT2ForSequenceClassification, ....
+
     config_json, tensors = to_huggingface(config, weights, end=50256)
 
 Works on NumPy arrays and only renames, transposes, splits and joins them, so a round trip is
@@ -8,7 +10,7 @@ exact to the last bit; reading, each when it is asked for. It knows no file and 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -23,6 +25,12 @@ _ARCHITECTURES: dict[Family, str] = {
     "llama": "LlamaForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
 }
+_CLASSIFIERS: dict[Family, str] = {
+    "gpt2": "GPT2ForSequenceClassification",
+    "llama": "LlamaForSequenceClassification",
+    "qwen3": "Qwen3ForSequenceClassification",
+}
+_ONE_OF_THEM = "single_label_classification"  # transformers' name for it
 _GPT2_ACTIVATIONS = {"gelu_tanh": "gelu_new", "gelu": "gelu", "relu": "relu"}
 
 
@@ -32,14 +40,16 @@ def to_huggingface(
     *,
     begin: int | None = None,
     end: int | list[int] | None = None,
+    labels: Sequence[str] = (),
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Our weights -> the content of config.json and the tensors of model.safetensors.
 
     `begin` and `end`: ids of the tokens before and after a text, of the latter perhaps several.
+    With `labels` it is a classifier, whose head is "score.weight".
     """
     tensors: dict[str, np.ndarray] = {}
     shapes = config.weight_shapes
-    for theirs, ours, transposed in tensor_names(config):
+    for theirs, ours, transposed in tensor_names(config, classifies=bool(labels)):
         if isinstance(theirs, tuple):  # Llama keeps q, k and v apart
             tensors |= zip(theirs, _split_qkv(config, weights[ours]), strict=True)
         elif ours in weights:
@@ -48,31 +58,39 @@ def to_huggingface(
             width = shapes[ours.replace(".bias", ".weight")][0]
             tensors[theirs] = np.zeros(width, dtype=np.float32)
     tensors = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
-    return _config_json(config, begin, end), tensors
+    values = _config_json(config, begin, end)
+    pad = end[0] if isinstance(end, list) else end
+    return values | (_classifier_json(config, labels, pad) if labels else {}), tensors
 
 
 def from_huggingface(
-    config: ModelConfig, tensors: Mapping[str, np.ndarray], where: str = "the checkpoint"
+    config: ModelConfig,
+    tensors: Mapping[str, np.ndarray],
+    where: str = "the checkpoint",
+    labels: Sequence[str] = (),
 ) -> Mapping[str, np.ndarray]:
     """The tensors of a checkpoint -> our weights, each made when it is asked for.
 
+    Of a classifier with these `labels`, "score.weight" (n_classes, C) instead of "head.weight".
     Raises `UserError` for missing or misshapen ones at once.
     """
     found = shapes_of(tensors)
     if config.n_layer > len(found):  # or the list of their names might fill the memory
         raise UserError(f"{where}: {len(found)} tensors are too few for {config.n_layer} layers")
-    expected = config.weight_shapes
+    expected = config.weight_shapes | {"score.weight": (len(labels), config.n_embd)}
+    if labels and "score.bias" in found:
+        raise UserError(f"{where}: score.bias is not supported; a classifier's head has no bias")
     # The base model alone, as OpenAI's own gpt2 is stored, lacks the first part of the names.
     prefix = "transformer." if config.family == "gpt2" else "model."
     bare = not any(name.startswith(prefix) for name in found)
-    if config.tie_embeddings and "lm_head.weight" in found:
+    if config.tie_embeddings and "lm_head.weight" in found and not labels:
         name = next(name for name in found if name.endswith(("wte.weight", "embed_tokens.weight")))
         if not np.array_equal(tensors["lm_head.weight"], tensors[name]):
             raise UserError(
                 f"{where}: tie_word_embeddings is set, but lm_head.weight is not {name}"
             )
     makers = {}
-    for theirs, ours, transposed in tensor_names(config):
+    for theirs, ours, transposed in tensor_names(config, classifies=bool(labels)):
         names = [theirs] if isinstance(theirs, str) else list(theirs)
         names = [name.removeprefix(prefix) if bare else name for name in names]
         for name in names:
@@ -127,6 +145,30 @@ def config_from_json(values: Mapping[str, Any], where: str = "config.json") -> M
         raise UserError(f"{where}: {error}") from error
     except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise UserError(f"{where}: {error} is missing or malformed") from error
+
+
+def labels_from_json(values: Mapping[str, Any], where: str = "config.json") -> tuple[str, ...]:
+    """The classes that a config.json names, in the order of their ids; () of a language model.
+
+    Raises `UserError` for regression, and for texts that may have several labels at once.
+    """
+    try:
+        if not values["architectures"][0].endswith("ForSequenceClassification"):
+            return ()
+    except (KeyError, TypeError, AttributeError, IndexError):
+        return ()
+    # Two of these names are what transformers leaves out.
+    names = values.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
+    if not isinstance(names, dict):
+        raise UserError(f"{where}: id2label is malformed")
+    if len(names) < 2 or values.get("problem_type", _ONE_OF_THEM) not in (None, _ONE_OF_THEM):
+        raise UserError(f"{where}: {len(names)} labels with problem_type "
+                        f"{values.get('problem_type')} are not supported; only classifiers are "
+                        "that choose one label of two or more")  # fmt: skip
+    labels = tuple(str(names.get(str(i))) for i in range(len(names)))
+    if len({*labels, "None"}) <= len(labels):
+        raise UserError(f"{where}: in id2label an id is missing, or two have the same name")
+    return labels
 
 
 def _gpt2_config(values: Mapping[str, Any]) -> ModelConfig:
@@ -253,13 +295,29 @@ def _config_json(
     }
 
 
-def tensor_names(config: ModelConfig) -> Iterator[tuple[str | tuple[str, ...], str, bool]]:
+def _classifier_json(config: ModelConfig, labels: Sequence[str], pad: int | None) -> dict[str, Any]:
+    """What transformers wants to know beside: it reads the last token that is not `pad`."""
+    return {
+        "architectures": [_CLASSIFIERS[config.family]],
+        "num_labels": len(labels),
+        "id2label": {str(i): label for i, label in enumerate(labels)},
+        "label2id": {label: i for i, label in enumerate(labels)},
+        "problem_type": _ONE_OF_THEM,
+        "pad_token_id": pad,
+    }
+
+
+def tensor_names(
+    config: ModelConfig, *, classifies: bool = False
+) -> Iterator[tuple[str | tuple[str, ...], str, bool]]:
     """(their name or q, k, v names, our name, transposed?) for every tensor of a checkpoint."""
     if config.family == "gpt2":
         yield from gpt2_names(config)
     else:
         yield from _llama_names(config)
-    if not config.tie_embeddings:
+    if classifies:
+        yield "score.weight", "score.weight", False
+    elif not config.tie_embeddings:
         yield "lm_head.weight", "head.weight", False
 
 

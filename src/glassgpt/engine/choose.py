@@ -184,12 +184,15 @@ def _torch_engine(
 
 
 def torch_model(checkpoint: Checkpoint, device: str) -> GPT:
-    """model.py with these weights. Raises `UserError` when it does not fit in memory."""
+    """model.py with these weights, a classifier with its own head. Raises `UserError` when it
+    does not fit in memory."""
+    from glassgpt.classify import classifier
     from glassgpt.model import GPT
     from glassgpt.runtime import choose_device, is_out_of_memory
 
     try:
-        model = GPT.from_weights(checkpoint.config, checkpoint.weights)
+        make = classifier if checkpoint.labels else GPT.from_weights
+        model = make(checkpoint.config, checkpoint.weights)
         return model.to(choose_device(device))
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):

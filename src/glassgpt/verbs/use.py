@@ -27,6 +27,7 @@ def sample(
     /,
     *,
     prompt: Annotated[str, Parameter(allow_leading_hyphen=True)] = "",
+    text: Annotated[str | None, Parameter(allow_leading_hyphen=True)] = None,
     completion_only: bool = False,
     weights: WeightPrecision = "float32",
     engine: EngineName = "auto",
@@ -40,6 +41,7 @@ def sample(
     (gpt2, OWNER/MODEL, openai:124M), or nanoGPT's ckpt.pt. The text appears as it is drawn. How
     it ended (length, stop, end_of_text) goes to stderr. `glassgpt bench decode RUN` shows how
     fast each engine and each precision of the weights is here, `glassgpt eval` what it costs.
+    A classifier is asked with --text, and answers with the probability of each of its labels.
 
     Examples:
 
@@ -51,12 +53,16 @@ def sample(
 
     echo -n "To be" | glassgpt sample runs/book --prompt - --temperature 0 --completion-only
 
+    glassgpt sample runs/reviews --text "A film to remember."
+
     Parameters
     ----------
     run:
         Run directory, or the name of a model.
     prompt:
         Text to continue; @FILE reads a file, - standard input.
+    text:
+        Text to classify, by a classifier; @FILE and - as above.
     completion_only:
         Print what was generated without the prompt.
     weights:
@@ -70,12 +76,19 @@ def sample(
         Of the CPU, for numba and torch; NumPy has its own [all cores].
     """
     import glassgpt
-    from glassgpt.api import print_samples
+    from glassgpt.api import print_labels, print_samples
+    from glassgpt.errors import UserError
 
     model, how = glassgpt.load(run, device=device), Sampling(**options)
-    text = read_prompt(prompt)
+    if text is not None:
+        if prompt or completion_only or options:
+            raise UserError("--text asks a classifier; options of writing do not go with it")
+        # The last token decides, and a file's last line end is none of the text.
+        print_labels(model, read_prompt(text).rstrip("\r\n"))
+        return
+    opening = read_prompt(prompt)
     chosen = model.engine(engine, weights, threads, say=_note)
-    print_samples(model, chosen, text, how, show_prompt=not completion_only)
+    print_samples(model, chosen, opening, how, show_prompt=not completion_only)
 
 
 def chat(
@@ -173,12 +186,14 @@ def eval(
     threads:
         Of the CPU [all cores].
     """
+    from glassgpt.checkpoint import require_language_model
     from glassgpt.evaluate import compare_weights, read_text, table
     from glassgpt.pretrained import load_pretrained
     from glassgpt.runlog import Terminal
     from glassgpt.tokenizer import unknown_note
 
-    content, checkpoint, terminal = read_text(text), load_pretrained(run), Terminal()
+    content, terminal = read_text(text), Terminal()
+    checkpoint = require_language_model(load_pretrained(run), run)
     note = unknown_note(checkpoint.tokenizer, content)
     if note:
         terminal.say(f"note: {note}")
@@ -227,13 +242,15 @@ def export(
     overwrite:
         Replace OUT if it exists.
     """
+    from glassgpt.checkpoint import require_language_model
     from glassgpt.export.formats import SUFFIXES
     from glassgpt.export.formats import export as write
     from glassgpt.pretrained import load_pretrained
 
     name = Path(run).resolve().name if Path(run).exists() else run.replace(":", "-")
     target = Path(out) if out else Path(name.rpartition("/")[2].removesuffix(".pt") + SUFFIXES[to])
-    done = write(load_pretrained(run), to, target, precision=precision, overwrite=overwrite)
+    checkpoint = require_language_model(load_pretrained(run), run)
+    done = write(checkpoint, to, target, precision=precision, overwrite=overwrite)
     print(f"{done.path}: {done.n_bytes / 1e6:,.1f} MB · largest difference in logits "
           f"{done.difference:.2g}" + (f" · {done.note}" if done.note else ""))  # fmt: skip
 
