@@ -51,6 +51,7 @@ class FinetuneTask(TextTask):
         super().__init__(tokenizer, config)
         self.base, self.base_name, self.lora, self.layer_decay = base, base_name, lora, layer_decay
         self.chat_template, self.ends = base.chat_template, base.ends
+        self.dropout = 0.0 if lora is None else lora.dropout
 
     def checkpoint(self, model: GPT, info: dict[str, Any]) -> ckpt.Checkpoint:
         """Adapters are added to the weights that they belong to: any program can load the sum."""

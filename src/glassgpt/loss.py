@@ -179,7 +179,4 @@ def _recomputed(block: Block, *inputs: Any) -> torch.Tensor:
     """A block's `forward`, which in training keeps nothing but its inputs."""
     if not (block.training and torch.is_grad_enabled()):
         return Block.forward(block, *inputs)
-    return checkpoint(
-        Block.forward, block, *inputs, use_reentrant=False,
-        preserve_rng_state=block.dropout.p > 0,  # to drop the same numbers again
-    )  # type: ignore  # fmt: skip
+    return checkpoint(Block.forward, block, *inputs, use_reentrant=False)  # type: ignore

@@ -89,11 +89,14 @@ class Passes:
         rows: int,
         progress: Progress,
         packed: bool = False,
+        drops: bool | None = None,
         **loss: Any,
     ) -> None:
-        """`rows` of this process in a step; `packed`: with positions; `loss`: of NextTokenLoss."""
+        """`rows` of this process in a step; `packed`: with positions; `drops`: with random masks
+        [where the model's config has dropout]; `loss`: options of NextTokenLoss."""
         self.model, self.config, self.machine, self.progress = model, config, machine, progress
         self.rows, self.packed, self.loss = rows, packed, loss
+        self.drops = bool(model.config.dropout) if drops is None else drops
         self.scaler = torch.amp.GradScaler(  # type: ignore[attr-defined]
             machine.device.type, enabled=machine.dtype == torch.float16
         )
@@ -204,7 +207,7 @@ class Passes:
                 self._without_compiler("the fused step", error)
                 self.weights = None
                 # As in _make_steps: with dropout, threads would draw in any order.
-                steps = self.steps[:1] if self.model.config.dropout else self.steps
+                steps = self.steps[:1] if self.drops else self.steps
                 self.steps = [self._autograd(s.model) for s in steps]
         elif self.may_compile:
             step: Any = self.steps[0]
@@ -243,7 +246,7 @@ class Passes:
             if fused and (n > 1 or torch.get_num_threads() == 1 or self.rows == 1):
                 return self._fused_steps(n)
             # Dropout draws from one generator for all threads: their order would matter.
-            if not model.config.dropout:
+            if not self.drops:
                 self.workers = Workers(n)
                 models = [model, *(share_weights(model) for _ in range(n - 1))]
                 return [self._autograd(each) for each in models]

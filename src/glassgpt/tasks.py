@@ -33,6 +33,7 @@ class TextTask:
     verb = "train"
     try_next = 'sample {run} --prompt "Once upon a time"'  # what to try with it
     layer_decay = 1.0
+    dropout = 0.0  # beside that of the model
     loss: dict[str, Any] = {}
 
     def __init__(self, tokenizer: Tokenizer, config: TrainConfig) -> None:

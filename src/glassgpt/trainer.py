@@ -73,8 +73,9 @@ class Trainer:
         self.T = model.config.context_length
         rows = max(1, round(config.batch_tokens / self.T / machine.world))
         self.rows_per_rank, self.rows_per_step = rows, rows * machine.world
+        self.drops = bool(model.config.dropout or self.task.dropout)
         self.passes = Passes(model, config, machine, rows=rows, progress=progress,
-                             packed=data.packed, **self.task.loss)  # fmt: skip
+                             packed=data.packed, drops=self.drops, **self.task.loss)  # fmt: skip
         self.optimizers = make_optimizers(
             model, config, layer_decay=self.task.layer_decay,
             low_precision=self.passes.precision == "bfloat16", workers=self.passes.workers,
@@ -204,7 +205,7 @@ class Trainer:
         rate = learning_rate_at(step, config, done)
         set_learning_rate(self.optimizers, config, rate)
         key = hash((config.seed, step, self.machine.rank)) & 0x7FFFFFFF
-        if self.model.config.dropout:  # masks, too, are a function of the step
+        if self.drops:  # masks, too, are a function of the step
             torch.manual_seed(key)
         with self._timed("data"):
             batch = self._batch()
