@@ -277,8 +277,10 @@ def _task(
     given: dict[str, Any],
     device: torch.device,
 ) -> FinetuneTask:
-    common = dict(tokenizer=lesson.data.tokenizer, config=config, base=base, lora=lora,
-                  base_name=given["init_from"], layer_decay=job.layer_decay)  # fmt: skip
+    common: dict[str, Any] = dict(
+        tokenizer=lesson.data.tokenizer, config=config, base=base, base_name=given["init_from"],
+        layer_decay=job.layer_decay, lora=lora,
+    )  # fmt: skip
     if lesson.kind == "conversations":
         assert lesson.chat is not None
         return ChatTask(**common, chat=lesson.chat, questions=lesson.questions)

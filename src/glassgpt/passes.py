@@ -125,7 +125,7 @@ class Passes:
 
         `key` decides what dropout drops.
         """
-        n_targets: float = np.count_nonzero(batch[1] != IGNORE)
+        n_targets = float(np.count_nonzero(batch[1] != IGNORE))
         if self.packed:  # processes may have unequal numbers; their gradients are averaged
             n_targets = self.machine.sum(n_targets)[0] / self.machine.world
 

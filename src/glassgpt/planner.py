@@ -265,6 +265,7 @@ def plan_budget(
     alone = dataclasses.replace(machine, rank=0, world=1)
     fixed = {} if base is None else dataclasses.asdict(base)
     fixed |= {name: given[name] for name in {"shape", *names_of(ModelConfig)} & set(given)}
+    assert isinstance(data.train, TokenFiles)
     text = _look_into(data.train, data.tokenizer.vocab_size)
     measured: dict[ModelConfig, float] = {}
 

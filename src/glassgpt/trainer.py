@@ -228,8 +228,8 @@ class Trainer:
         if numbers is not None:
             self._record(*numbers, rate)
 
-    def _batch(self) -> tuple[np.ndarray, np.ndarray]:
-        """This process's rows of the step's batch: tokens and targets (rows, T)."""
+    def _batch(self) -> tuple[np.ndarray, ...]:
+        """This process's rows of the step's batch: tokens, targets, perhaps positions; (rows, T)"""
         first = self.machine.rank * self.rows_per_rank
         return self.data.train.batch(
             self.step, seed=self.config.seed, n=self.rows_per_step, T=self.T,

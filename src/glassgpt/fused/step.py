@@ -141,13 +141,14 @@ class FusedStep:
         targets: np.ndarray,
         scale: float,
         key: int = 0,
-        positions: None = None,
+        *packing: np.ndarray,
     ) -> float:
         """tokens, targets (B, T) -> the loss, summed over the targets, in nats.
 
         Gradients are those of the loss times `scale`; negative targets carry none. `key` decides
-        what dropout drops. Every row is one text: there are no `positions`.
+        what dropout drops. Every row is one text: `packing` is not for this step.
         """
+        assert not packing
         started, (B, T) = time.perf_counter(), tokens.shape
         tokens, targets = (np.ascontiguousarray(ids).reshape(-1) for ids in (tokens, targets))
         if self.rooms is None or self.rooms.size != (B, T):
