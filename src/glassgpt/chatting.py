@@ -281,7 +281,7 @@ def _show(session: Session, message: str, terminal: bool) -> None:
                 print(text, end="", flush=True)
                 said = True
     except UserError as error:
-        session.say(f"{error}")
+        session.say(" ".join(str(error).split()))
     except KeyboardInterrupt:
         session.say(" [stopped]")
     if said:
