@@ -12,7 +12,7 @@ import dataclasses
 import io
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
@@ -71,7 +71,7 @@ class Session:
         return (f"{facts}\nThis model was not finetuned on conversations (it has no chat "
                 "template): it continues your text.")  # fmt: skip
 
-    def reply(self, line: str) -> Iterator[str]:
+    def reply(self, line: str) -> Generator[str, None, None]:
         """The answer to a message, piece by piece, or what a command gives.
 
         What was said stays, even where nobody listens to its end. Raises `UserError`.
