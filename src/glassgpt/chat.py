@@ -43,7 +43,7 @@ CHATML = """\
 {% endif %}"""
 BUILT_IN = {"headings": HEADINGS, "chatml": CHATML}
 LossOn = Literal["assistant", "last", "all"]
-_REMEDY = "choose another with --template (headings, chatml, or a Jinja file)"
+_REMEDY = "finetune with another --template (headings, chatml, or a Jinja file)"
 
 
 class Message(Protocol):

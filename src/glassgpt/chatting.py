@@ -12,7 +12,7 @@ import dataclasses
 import io
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
@@ -71,7 +71,7 @@ class Session:
         return (f"{facts}\nThis model was not finetuned on conversations (it has no chat "
                 "template): it continues your text.")  # fmt: skip
 
-    def reply(self, line: str) -> Iterator[str]:
+    def reply(self, line: str) -> Generator[str, None, None]:
         """The answer to a message, piece by piece, or what a command gives.
 
         What was said stays, even where nobody listens to its end. Raises `UserError`.
@@ -281,7 +281,7 @@ def _show(session: Session, message: str, terminal: bool) -> None:
                 print(text, end="", flush=True)
                 said = True
     except UserError as error:
-        session.say(f"{error}")
+        session.say(" ".join(str(error).split()))
     except KeyboardInterrupt:
         session.say(" [stopped]")
     if said:

@@ -55,7 +55,6 @@ def test_a_pipe(tmp_path: Path, template: str) -> None:
     messages = json.loads(kept.read_text())["messages"]
     assert [m["role"] for m in messages] == ["system", *["user", "assistant"] * 2]
     assert messages[0]["content"] == "be nice"
-    assert (len(messages[2]["content"]), len(messages[4]["content"])) <= (9, 5)
     assert done.stdout == messages[2]["content"] + "\n" + messages[4]["content"] + "\n"
     again = chat(run, f"/load {kept}\n/undo\nhow are you?\n", "--max-new-tokens", 5)
     assert again.returncode == 0

@@ -197,7 +197,7 @@ def test_what_was_said_stays_when_nobody_listens_to_the_end() -> None:
     told = Told(says("one two", END))
     pieces = told.session.reply("Count")
     assert next(pieces) == "o"
-    pieces.close()  # type: ignore[attr-defined]
+    pieces.close()
     assert told.contents == ["Count", "o"]
 
 
