@@ -60,7 +60,11 @@ def confusion(path: Path, matrix: np.ndarray, labels: Sequence[str]) -> None:
     cell = min(max(0.5, 4 / n), 30 / n)  # inches, so that numbers can be read among 60 classes
     figure = Figure(figsize=(n * cell + 3, n * cell + 2), layout="constrained")
     axes = figure.subplots()
-    image = axes.imshow(share, cmap="Blues", vmin=0, vmax=1)  # by lightness: for all eyes
+    edges = np.arange(n + 1) - 0.5
+    cells = axes.pcolormesh(edges, edges, share, cmap="Blues", vmin=0, vmax=1,  # by lightness:
+                            edgecolors="lightgray", linewidth=0.3)  # for all eyes  # fmt: skip
+    axes.set_aspect("equal")
+    axes.invert_yaxis()
     for i, j in np.argwhere(matrix > 0) if cell >= 0.5 else ():
         text = f"{matrix[i, j]:,}\n{share[i, j]:.0%}"
         colour = "white" if share[i, j] > 0.5 else "black"
@@ -76,7 +80,7 @@ def confusion(path: Path, matrix: np.ndarray, labels: Sequence[str]) -> None:
     axes.set_ylabel("true class")
     right = matrix.trace()
     axes.set_title(f"{right:,} of {matrix.sum():,} right")
-    bar = figure.colorbar(image, ax=axes, shrink=0.6, format="{x:.0%}")
+    bar = figure.colorbar(cells, ax=axes, shrink=0.6, format="{x:.0%}")
     bar.set_label("share of the true class")
     _save(figure, path)
 
