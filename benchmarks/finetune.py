@@ -188,7 +188,7 @@ def chat(options: argparse.Namespace, work: Path) -> dict[str, Any]:
     glass("finetune", base, data, "--learning-rate", 2e-3, "--muon-learning-rate", 0.01,
           "--epochs", 20, "--out", run, "--overwrite")  # fmt: skip
     partner = glassgpt.load(run)
-    ours = [partner.answer([{"role": "user", "content": pair["prompt"]}], temperature=0.0)
+    ours = [partner.answer([{"role": "user", "content": pair["prompt"]}], temperature=0.0).strip()
             for pair in held_out]  # fmt: skip
     right = sum(answer == pair["completion"]
                 for answer, pair in zip(ours, held_out, strict=True))  # fmt: skip

@@ -134,6 +134,22 @@ class LoadedModel:
         completed = [pieces[i : i + n] for i in starts] if n > 1 else pieces
         return completed if several else completed[0]
 
+    def answer(self, messages: Sequence[dict[str, str]], **options: Any) -> str:
+        """What the assistant says next, in a conversation of {"role": ..., "content": ...}.
+
+        `options` as for `generate`. Raises `UserError` for a model without a chat template.
+        """
+        if self.checkpoint.chat_template is None:
+            raise UserError(f"{self.name} has no chat template; finetune it on conversations: "
+                            f"glassgpt finetune {self.name} chats.jsonl")  # fmt: skip
+        from glassgpt.chat import Chat, Said
+
+        chat = Chat(self.checkpoint.chat_template, self.tokenizer)
+        ids = chat.prompt([Said(one["role"], one["content"]) for one in messages])
+        piece = self.generate(ids, **options)
+        assert isinstance(piece, Piece)
+        return piece.text
+
     def classify(self, texts: str | Sequence[str]) -> list[dict[str, float]]:
         """For each text (or the one) the probability of every label, most likely first.
 

@@ -55,7 +55,7 @@ class Message(Protocol):
     def content(self) -> str: ...
 
 
-class _Probe(NamedTuple):
+class Said(NamedTuple):
     role: str
     content: str
 
@@ -104,14 +104,14 @@ class Chat:
     @cached_property
     def ends(self) -> tuple[int, ...]:
         """Ids that end an answer: the template's token behind it first, then the end of a text."""
-        ids, learned = self.encode([_Probe("user", "a"), _Probe("assistant", "b")])
+        ids, learned = self.encode([Said("user", "a"), Said("assistant", "b")])
         behind = [token for token, yes in zip(ids, learned, strict=True) if yes][-1]
         end = self.tokenizer.end_of_text
         return (behind,) if end in (behind, None) else (behind, end)
 
     def unknown(self) -> list[str]:
         """Characters that the template writes itself and the tokenizer has no id for."""
-        turns = [_Probe(role, "a") for role in ("system", "user", "assistant", "user")]
+        turns = [Said(role, "a") for role in ("system", "user", "assistant", "user")]
         try:
             layout = self._layout(turns, ask=True)
         except UserError:  # some templates take no system turn

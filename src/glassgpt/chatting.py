@@ -15,10 +15,9 @@ import sys
 from collections.abc import Callable, Generator, Iterator
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
 
 from glassgpt.api import LoadedModel
-from glassgpt.chat import Chat
+from glassgpt.chat import Chat, Said
 from glassgpt.config import Sampling
 from glassgpt.conversations import exchanges
 from glassgpt.engine import Engine
@@ -29,11 +28,6 @@ from glassgpt.tokenizer import unknown_note
 
 _THOUGHT = "</think>"
 _ROLES = ("system", "user", "assistant")
-
-
-class Said(NamedTuple):
-    role: str
-    content: str
 
 
 class Session:
