@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 import torch
 
+import glassgpt
 from conftest import refuse, tiny_config, tiny_model, weights_of
 from glassgpt import checkpoint as ckpt
 from glassgpt.config import ModelConfig
+from glassgpt.errors import UserError
 from glassgpt.finetuning import finetune
 from glassgpt.pretrained import load_pretrained
 from glassgpt.runlog import Progress, read_metrics
@@ -203,6 +205,11 @@ def test_answers_and_judgements_are_shown(bases, files, tmp_path) -> None:
     shown = (run / "samples.md").read_text()
     assert shown.count("## step") == 4  # before, twice on the way, at the end
     assert re.search(r"user: \w{3}\?\nassistant: .*\n\(wanted: \w+!\)", shown)
+    asked = [{"role": "user", "content": "cat?"}]
+    told = glassgpt.load(run).answer(asked, temperature=0, max_new_tokens=5)
+    assert isinstance(told, str)
+    with pytest.raises(UserError, match="finetune it on conversations"):
+        glassgpt.load(bases()).answer(asked)
     run = finetune(bases(), files["labels"], out=tmp_path / "labels", **FAST).run
     assert "macro F1" in (run / "samples.md").read_text()
     assert (run / "confusion.png").stat().st_size > 1000
