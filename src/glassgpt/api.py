@@ -179,11 +179,13 @@ def _is_several(prompt: object) -> bool:
 
 def print_labels(model: LoadedModel, text: str) -> None:
     """What `glassgpt sample --text` shows: labels on stdout, notes on stderr."""
+    from glassgpt.classify import encode_text
+
     found = model.classify(text)[0]
     note = unknown_note(model.tokenizer, text)
     if note:
         print(f"note: {note}", file=sys.stderr)
-    if len(model.tokenizer.encode(text)) > model.config.context_length:
+    if len(encode_text(model.tokenizer, text)) > model.config.context_length:
         print(f"note: only the first {model.config.context_length} tokens of the text are read",
               file=sys.stderr)  # fmt: skip
     print(aligned([(label, f"{probability:.4f}") for label, probability in found.items()]))
