@@ -84,7 +84,7 @@ def train(
             if not names and is_prepared(saved[2]["data_path"]):
                 names, asked = [saved[2]["data_path"]], set()
         elif init_from is not None:
-            base = load_pretrained(init_from, progress)
+            base = ckpt.require_language_model(load_pretrained(init_from, progress), init_from)
             given = _options_for(base, given, asked, os.fspath(init_from))
         given["data"] = required(names or given.get("data"))
         check_pace(given, asked)

@@ -67,6 +67,7 @@ def test_what_does_not_go_together(run: Path, writer: Path, tmp_path: Path, caps
     for command in (["sample", run], ["sample", run, "--prompt", "x"],
                     ["eval", run, tmp_path / "book.txt"],
                     ["export", run, "--to", "gguf", "--out", tmp_path / "x.gguf"],
+                    ["train", tmp_path / "book.txt", "--from", run],
                     ["bench", "decode", run]):  # fmt: skip
         said = refuse(capsys, *command)
         assert f"{run} is a classifier (3 labels)" in said
