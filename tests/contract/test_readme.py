@@ -43,11 +43,16 @@ def test_the_laptop_quick_start_and_the_python_example_run(tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     (tmp_path / "book.txt").write_text("Once upon a time there was a fox. " * 40)
     (tmp_path / "held-out.txt").write_text("A fox was there once.")
+    (tmp_path / "letters.txt").write_text("Dear fox, come back. " * 20)
+    (tmp_path / "reviews.csv").write_text("text,label\na fox,good\na cat,good\nno,bad\nnever,bad\n")
+    more = {"train": SMALL, "finetune": SMALL[-4:]}
     for command in COMMANDS:
         words = shlex.split(command)
-        if words[1] in ("book.txt", "runs/book") and "gpt2" not in words:
-            main(words + (SMALL if words[0] == "train" else []))
-    assert capsys.readouterr().out.startswith("Once upon a time")
+        if words[1] in ("book.txt", "runs/book", "runs/judge") and "gpt2" not in words:
+            main(words + more.get(words[0], []))
+    shown = capsys.readouterr().out
+    assert shown.startswith("Once upon a time")
+    assert re.search(r"^(good|bad) +0\.\d+$", shown, flags=re.MULTILINE)
     [code] = [block for language, block in BLOCKS if language == "python"]
     exec("import torch; tokens = torch.zeros(1, 3, dtype=torch.long)\n" + code)
     assert capsys.readouterr().out.strip()
