@@ -3,13 +3,13 @@
     python benchmarks/budget.py nanogpt --nanogpt CHECKOUT --data shakespeare.txt [--rounds 3]
     python benchmarks/budget.py grid --data shakespeare.txt --budgets 30s 1m 2m 5m
     python benchmarks/budget.py long --data shakespeare.txt --budgets 30m
-    python benchmarks/budget.py speed --data shakespeare.txt --budgets 30s
+    python benchmarks/budget.py speed --data shakespeare.txt
 
 nanogpt: whole processes, in turn: nanoGPT's CPU recipe, then a budget of a tenth of the time it
 took, then one of the same time. grid: the budget's own choice between eight shapes that are given
 the same time. Losses are of the saved models, over the entire validation split, each with its own
-context. A run that ends outside 0.9 to 1.03 of its budget is marked. speed: of five shapes, the
-tokens per second that were planned and those that were reached. Results: results/budget.json.
+context. A run that ends outside 0.9 to 1.03 of its budget is marked. speed: the
+tokens per second that `plan` promises for five shapes, and those that training then reaches. Results: results/budget.json.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import argparse
 import json
 import re
 import statistics
+import subprocess
 import sys
 import tempfile
 from datetime import date
@@ -52,6 +53,9 @@ def main() -> None:
         write_data(options.data.read_text(encoding="utf-8"), folder)
         if options.what == "nanogpt":
             result = against_nanogpt(options, Path(work), folder)
+        elif options.what == "speed":
+            result = {"shapes": [promised_and_reached(shape, folder, Path(work))
+                                 for shape in SHAPES[::2]]}  # fmt: skip
         else:
             result = {budget: against_grid(budget, folder, Path(work), options)
                       for budget in options.budgets}  # fmt: skip
@@ -92,14 +96,13 @@ def against_grid(
 ) -> dict[str, Any]:
     seed = options.seed
     shapes = SHAPES[:8] if seconds_of(budget) <= 60 else SHAPES[-8:]
-    if options.what != "grid":
-        shapes = SHAPES[::2] if options.what == "speed" else []
+    if options.what == "long":
+        shapes = []
     own = trained(budget, data, work / f"own-{budget}", seed)
     print(f"{budget} own choice: {own}", flush=True)
     rows = []
     for n_layer, n_embd, context in shapes:
-        shape = ["--n-layer", f"{n_layer}", "--n-embd", f"{n_embd}", "--n-head",
-                 f"{n_embd // 32}", "--context-length", f"{context}"]  # fmt: skip
+        shape = shape_options(n_layer, n_embd, context)
         name = f"{n_layer}x{n_embd} context {context}"
         rows.append({"shape": name} | trained(budget, data, work / f"{name}-{budget}", seed,
                                               *shape))  # fmt: skip
@@ -116,14 +119,43 @@ def trained(budget: str, data: Path, run: Path, seed: int, *more: str) -> dict[s
     model = info["model"]
     shape = f"{model['n_layer']}x{model['n_embd']} context {model['context_length']}"
     share = took / seconds_of(budget)
-    row = re.search(
-        r"\| tokens per second \| ([\d,]+) \| ([\d,]+) \|", (run / "report.md").read_text()
-    )
-    planned, reached = (int(text.replace(",", "")) for text in row.groups()) if row else (0, 0)
+    planned, reached = speeds(run)
     return {"seconds": round(took, 2), "share": round(share, 3), "on_time": 0.9 <= share <= 1.03,
             "chosen": shape, "steps": info["step"],
             "tokens_per_second": reached, "planned": planned,
             "val_loss": whole_loss(from_run(run), data)}  # fmt: skip
+
+
+def shape_options(n_layer: int, n_embd: int, context: int) -> list[str]:
+    return ["--n-layer", f"{n_layer}", "--n-embd", f"{n_embd}", "--n-head", f"{n_embd // 32}",
+            "--context-length", f"{context}"]  # fmt: skip
+
+
+def speeds(run: Path) -> tuple[int, int]:
+    """Tokens per second of a run: planned (0 without a budget), reached."""
+    row = re.search(r"\| tokens per second \| (\S+) \| (\S+) \|", (run / "report.md").read_text())
+    assert row is not None
+    planned, reached = (text.replace(",", "").replace("-", "0") for text in row.groups())
+    return int(planned), int(reached)
+
+
+def promised_and_reached(shape: tuple[int, int, int], data: Path, work: Path) -> dict[str, Any]:
+    n_layer, n_embd, context = shape
+    options = [*shape_options(*shape), "--batch-tokens", "2048" if n_embd < 192 else "4096"]
+    plan = [sys.executable, "-m", "glassgpt", "plan", str(data), *options]
+    said = subprocess.run(plan, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"a step, ([\d.,]+) (million )?tokens/s", said)
+    assert found is not None, said
+    promised = float(found[1].replace(",", "")) * (1e6 if found[2] else 1)
+    steps = max(20, round(10 * promised / int(options[-1])))  # ten seconds
+    timed([sys.executable, "-m", "glassgpt", "train", str(data), *options, "--max-steps",
+           f"{steps}", "--eval-interval", f"{steps}", "--eval-batches", "4", "--sample-tokens", "0",
+           "--out", str(work / "speed"), "--overwrite"])  # fmt: skip
+    reached = speeds(work / "speed")[1]
+    result = {"shape": f"{n_layer}x{n_embd} context {context}", "planned": round(promised),
+              "reached": reached, "ratio": round(reached / promised, 3)}  # fmt: skip
+    print(result, flush=True)
+    return result
 
 
 def whole_loss(model: torch.nn.Module, data: Path) -> float:

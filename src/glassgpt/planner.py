@@ -183,9 +183,9 @@ def calibrate(
 ) -> float:
     """Seconds that a step of this training takes here, from a few real ones on random tokens.
 
-    A large batch is not waited for: rows are added until a pass is long enough to be measured, and
-    the rest is in proportion. Takes about `budget` seconds and what compiling takes, or as long as
-    one pass of a row for each thread.
+    Few rows are slower, each, than many, so as many are measured as there is time for, and the
+    rest is in proportion. Takes about `budget` seconds and what compiling takes, or as long as one
+    pass of a row for each thread.
     """
     progress = progress or Progress()
     progress.status("measuring a few steps")
@@ -200,12 +200,16 @@ def calibrate(
         )
         passes.compile(tokens, tokens)
         few = len(tokens) if passes.compiled else min(len(tokens), len(passes.steps))
+        started = time.monotonic()
         times = _time_steps(passes, optimizers, tokens[:few], 0.0)
-        while few < len(tokens) and sum(times) < budget / 8:
-            few = min(2 * few, len(tokens))
+        while few < len(tokens):
+            more = min(4 * few, len(tokens))
+            if time.monotonic() - started + 2 * sum(times) * more / few > 1.25 * budget:
+                break
+            few = more
             times = _time_steps(passes, optimizers, tokens[:few], 0.0)
-        if sum(times) < budget:
-            times = _time_steps(passes, optimizers, tokens[:few], budget / 2)
+        if (left := budget - (time.monotonic() - started)) > sum(times):
+            times = _time_steps(passes, optimizers, tokens[:few], left)
     finally:
         passes.close()
         progress.close()
