@@ -8,8 +8,9 @@
 nanogpt: whole processes, in turn: nanoGPT's CPU recipe, then a budget of a tenth of the time it
 took, then one of the same time. grid: the budget's own choice between eight shapes that are given
 the same time. Losses are of the saved models, over the entire validation split, each with its own
-context. A run that ends outside 0.9 to 1.03 of its budget is marked. speed: the
-tokens per second that `plan` promises for five shapes, and those that training then reaches. Results: results/budget.json.
+context. A run that ends outside 0.9 to 1.03 of its budget is marked. speed:
+the tokens per second that `plan` promises for five shapes and those that training then reaches, in
+turn, --rounds times, and the median of their ratio. Results: results/budget.json.
 """
 
 from __future__ import annotations
@@ -54,8 +55,11 @@ def main() -> None:
         if options.what == "nanogpt":
             result = against_nanogpt(options, Path(work), folder)
         elif options.what == "speed":
-            result = {"shapes": [promised_and_reached(shape, folder, Path(work))
-                                 for shape in SHAPES[::2]]}  # fmt: skip
+            rounds = [[promised_and_reached(shape, folder, Path(work)) for shape in SHAPES[::2]]
+                      for _ in range(options.rounds)]  # fmt: skip
+            result = {"rounds": rounds, "ratio": {
+                of_shape[0]["shape"]: statistics.median(row["ratio"] for row in of_shape)
+                for of_shape in zip(*rounds, strict=True)}}  # fmt: skip
         else:
             result = {budget: against_grid(budget, folder, Path(work), options)
                       for budget in options.budgets}  # fmt: skip
