@@ -128,7 +128,9 @@ class Metrics:
     confusion: np.ndarray  # (n_classes, n_classes) int64: examples of class i guessed to be j
 
 
-def metrics(truth: Sequence[int], predicted: Sequence[int], n_classes: int) -> Metrics:
+def metrics(
+    truth: Sequence[int] | np.ndarray, predicted: Sequence[int] | np.ndarray, n_classes: int
+) -> Metrics:
     """The usual measures, as scikit-learn has them with zero_division=0.
 
     A class that was never guessed has precision 0, one without examples recall 0. Classes with
@@ -166,7 +168,7 @@ def table(found: Metrics, labels: Sequence[str]) -> str:
     return aligned(rows)
 
 
-def class_weights(counts: Sequence[int]) -> np.ndarray:
+def class_weights(counts: Sequence[int] | np.ndarray) -> np.ndarray:
     """What a class weighs in the loss, by its number of examples: n / (classes * count), float32.
 
     So every class that occurs has the same share of the loss, and an example weighs 1 on the

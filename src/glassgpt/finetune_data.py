@@ -22,7 +22,7 @@ from glassgpt.checkpoint import Checkpoint
 from glassgpt.classify import encode_text
 from glassgpt.config import FinetuneConfig
 from glassgpt.conversations import encode_all
-from glassgpt.data.batches import IGNORE, Dataset, Replay, is_prepared
+from glassgpt.data.batches import IGNORE, Dataset, Replay, TokenFiles, is_prepared
 from glassgpt.data.examples import (
     Examples,
     Labelled,
@@ -63,7 +63,7 @@ def open_lesson(
     T, limit = given.get("context_length"), base.config.context_length
     if T is not None and not 0 < T <= limit:
         raise UserError(f"context_length={T}: {given['init_from']} has {limit} positions")
-    fields = {name: given.get(name) for name in
+    fields: dict[str, Any] = {name: given.get(name) for name in
               ("text_field", "prompt_field", "completion_field", "label_field")}  # fmt: skip
     prepared = len(given["data"]) == 1 and is_prepared(given["data"][0])
     if prepared and job.format in ("auto", "text"):
@@ -105,6 +105,7 @@ def _text_lesson(
     given: dict[str, Any], base: Checkpoint, machine: runtime.Machine, progress: Progress
 ) -> Lesson:
     data = _text(given, base, machine, progress)
+    assert isinstance(data.train, TokenFiles)
     few = base.tokenizer.decode(data.train.read(0, min(len(data.train), 1 << 16)))
     report = [
         f"data: text, {len(data.train):,} tokens to learn from, {len(data.val):,} to judge by"
@@ -114,16 +115,15 @@ def _text_lesson(
     return Lesson(data, "text", report)
 
 
-def _split(
-    given: dict[str, Any], examples: Examples, fields: dict[str, str | None]
-) -> tuple[list, list]:
+def _split(given: dict[str, Any], examples: Examples, fields: dict[str, Any]) -> tuple[list, list]:
     if given.get("val"):
         val = read_examples([given["val"]], format=examples.format, **fields)
         return examples.items, val.items
     if len(examples.items) < 2:
         raise UserError(f"{given['data'][0]}: one example is too few, since some are kept to judge "
                         "by; add more, or name others with --val")  # fmt: skip
-    return split_examples(examples.items, given.get("val_fraction", 0.1))
+    items: Any = examples.items  # all of one kind
+    return split_examples(items, given.get("val_fraction", 0.1))
 
 
 def _chat_lesson(
@@ -169,8 +169,8 @@ def _label_lesson(
         tokenizer = add_tokens(tokenizer, [END_OF_TEXT])
     labels = base.labels or tuple(sorted({item.label for item in train}))
     if len(labels) < 2:
-        raise UserError(f"{given['data'][0]}: every text has the label {labels[0]!r}; classes are "
-                        "two or more")  # fmt: skip
+        raise UserError(f"{given['data'][0]}: every text has the label {train[0].label!r}; "
+                        "classes are two or more")  # fmt: skip
     index = {label: number for number, label in enumerate(labels)}
     for item in [*train, *val]:
         if item.label not in index:
