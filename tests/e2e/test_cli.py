@@ -363,7 +363,7 @@ def test_demo_without_a_network(tmp_path, monkeypatch):
     progress = Progress()
     progress.say = lambda text="": said.append(text)  # type: ignore[method-assign]
     monkeypatch.chdir(tmp_path)
-    demo(progress, max_steps=3, eval_interval=3, eval_batches=2, sample_tokens=20)
+    demo(progress, max_steps=3, eval_batches=2, sample_tokens=20)
     told = "\n".join(said)
     assert "using the Python manual" in told
     assert "Before training it wrote" in told

@@ -66,7 +66,9 @@ def test_what_is_no_duration(text):
 ])  # fmt: skip
 def test_amounts_of_memory(text, n):
     assert bytes_of(text) == n
-    assert TrainConfig(memory=text).memory == text
+    assert TrainConfig(memory=text, budget="1m").memory == text
+    with pytest.raises(UserError, match="without one"):
+        TrainConfig(memory=text)
 
 
 @pytest.mark.parametrize("text", ["", "8", "0GB", "-1GB", "GB", "8 KB", "8GiB", "1e9", "inf",

@@ -64,6 +64,7 @@ def make_trainer(text: str, run: Path, **options) -> Trainer:
     model = {name: TINY[name] for name in ("n_layer", "n_head", "n_embd", "context_length")}
     config = ModelConfig.from_shape("modern", vocab_size=data.tokenizer.vocab_size, **model)
     train_config = TrainConfig(**{"batch_tokens": 66, "device": "cpu", **options})
+    torch.manual_seed(train_config.seed)
     return Trainer(run / "run", GPT(config), train_config, data, runtime.start(train_config),
                    Progress(), {})  # fmt: skip
 
