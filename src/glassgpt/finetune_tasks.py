@@ -49,7 +49,7 @@ class FinetuneTask(TextTask):
         lora: LoRA | None = None,
     ) -> None:
         super().__init__(tokenizer, config)
-        self.base, self.base_name, self.lora, self.layer_decay = base, base_name, lora, layer_decay
+        self.base_name, self.lora, self.layer_decay = base_name, lora, layer_decay
         self.chat_template, self.ends = base.chat_template, base.ends
         self.dropout = 0.0 if lora is None else lora.dropout
 
@@ -179,8 +179,8 @@ class LabelTask(FinetuneTask):
         model.eval()
         for tokens, targets, positions in self.val.windows(n=32, T=model.config.context_length):
             there = targets != IGNORE  # (B, T)
-            batch = (to_device(array, device) for array in (tokens, positions))
-            hidden = model.hidden(next(batch), Packing(next(batch)))  # (B, T, C)
+            packing = Packing(to_device(positions, device))
+            hidden = model.hidden(to_device(tokens, device), packing)  # (B, T, C)
             logits = model.head(hidden[torch.from_numpy(there).to(device)])  # (texts, classes)
             truth.append(targets[there])
             predicted.append(logits.argmax(dim=-1).cpu().numpy())

@@ -200,9 +200,8 @@ def _model(
     lora: LoRA | None,
 ) -> GPT:
     """The base with what the lesson needs: rows for new tokens, a head for classes, adapters."""
-    weights = _with_new_tokens(
-        crop_positions(base.weights, shape), base.tokenizer.vocab_size, shape
-    )
+    n_old, n_new = base.tokenizer.vocab_size, tokenizer.vocab_size
+    weights = _with_new_tokens(crop_positions(base.weights, shape), n_old, n_new, shape)
     if base.labels and not shape.tie_embeddings:  # a classifier has no other head than its own
         weights = ChainMap({"head.weight": weights["token_embedding.weight"]}, dict(weights))
     model = GPT.from_weights(shape, weights).train()
@@ -219,26 +218,25 @@ def _model(
     add_lora(model, lora)
     if lesson.kind == "labels":
         model.head.requires_grad_(True)
-    if tokenizer.vocab_size > base.tokenizer.vocab_size and lesson.kind != "labels":
+    if n_new > n_old and lesson.kind != "labels":
         model.token_embedding.requires_grad_(True)  # else the new tokens would learn nothing
         model.head.requires_grad_(True)
     return model
 
 
 def _with_new_tokens(
-    weights: Mapping[str, np.ndarray], n_old: int, shape: ModelConfig
+    weights: Mapping[str, np.ndarray], n_old: int, n_new: int, shape: ModelConfig
 ) -> Mapping[str, np.ndarray]:
     """Tables with a row for every token; a new one's is the mean of the others, so that it is no
-    surprise to the model (Hewitt, "Initializing New Word Embeddings", 2021)."""
+    surprise to the model (Hewitt, "Initializing New Word Embeddings", 2021). Rows that fill up a
+    vocabulary and belong to no token stay as they are."""
     tables = {}
     for name in ("token_embedding.weight", "head.weight"):
-        if name in shape.weight_shapes and name in weights:
-            old = weights[name]
-            if n_old < shape.vocab_size:
-                table = np.empty((shape.vocab_size, shape.n_embd), np.float32)
-                table[: len(old)] = old
-                table[min(n_old, len(old)) :] = old[:n_old].mean(axis=0)
-                tables[name] = table
+        if n_new > n_old and name in shape.weight_shapes and name in weights:
+            old, table = weights[name], np.empty((shape.vocab_size, shape.n_embd), np.float32)
+            table[: len(old)] = old
+            table[n_old:n_new] = old[:n_old].mean(axis=0)
+            tables[name] = table
     return ChainMap(tables, weights) if tables else weights  # type: ignore[arg-type]
 
 

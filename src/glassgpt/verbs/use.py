@@ -21,6 +21,13 @@ from glassgpt.config import (
 if TYPE_CHECKING:
     from glassgpt.runlog import Progress
 
+Engine = Annotated[EngineName, Parameter(help="What computes: numba (compiled), numpy, torch "
+                                         "(model.py as it is), gpu [the fastest].")]  # fmt: skip
+Device = Annotated[Literal["auto", "cpu", "cuda", "mps"],
+                   Parameter(help="Where to compute: auto, cpu, cuda, mps.")]  # fmt: skip
+Threads = Annotated[int | None, Parameter(help="Of the CPU, for numba and torch; NumPy has its own "
+                                               "[all cores].")]  # fmt: skip
+
 
 def sample(
     run: str,
@@ -30,9 +37,9 @@ def sample(
     text: Annotated[str | None, Parameter(allow_leading_hyphen=True)] = None,
     completion_only: bool = False,
     weights: WeightPrecision = "float32",
-    engine: EngineName = "auto",
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
-    threads: int | None = None,
+    engine: Engine = "auto",
+    device: Device = "auto",
+    threads: Threads = None,
     options: Annotated[SampleOptions, Parameter(name="*")] = {},  # noqa: B006
 ) -> None:
     """Let a trained model continue a prompt; prints the prompt and what follows.
@@ -68,12 +75,6 @@ def sample(
     weights:
         Of the matrices: float32; int8, about four times as fast on a CPU; int4, faster again; on
         a GPU float32 or bfloat16. With int8 and int4, keys and values are float16.
-    engine:
-        What computes: numba (compiled), numpy, torch (model.py as it is), gpu [the fastest].
-    device:
-        Where to compute: auto, cpu, cuda, mps.
-    threads:
-        Of the CPU, for numba and torch; NumPy has its own [all cores].
     """
     import glassgpt
     from glassgpt.api import print_labels, print_samples
@@ -83,8 +84,7 @@ def sample(
     if text is not None:
         if prompt or completion_only or options:
             raise UserError("--text asks a classifier; options of writing do not go with it")
-        # The last token decides, and a file's last line end is none of the text.
-        print_labels(model, read_prompt(text).rstrip("\r\n"))
+        print_labels(model, read_prompt(text).rstrip("\r\n"))  # the last token decides
         return
     opening = read_prompt(prompt)
     chosen = model.engine(engine, weights, threads, say=_note)
@@ -97,9 +97,9 @@ def chat(
     *,
     system: Annotated[str | None, Parameter(allow_leading_hyphen=True)] = None,
     weights: WeightPrecision = "float32",
-    engine: EngineName = "auto",
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
-    threads: int | None = None,
+    engine: Engine = "auto",
+    device: Device = "auto",
+    threads: Threads = None,
     options: Annotated[ChatOptions, Parameter(name="*")] = {},  # noqa: B006
 ) -> None:
     """Talk with a model finetuned on conversations; a base model continues your text.
@@ -122,12 +122,6 @@ def chat(
         What the model is told before everything else.
     weights:
         Of the matrices: float32, int8, int4; on a GPU float32 or bfloat16.
-    engine:
-        What computes: numba, numpy, torch, gpu [the fastest].
-    device:
-        Where to compute: auto, cpu, cuda, mps.
-    threads:
-        Of the CPU [all cores].
     """
     import glassgpt
     from glassgpt.chatting import Session, talk
@@ -151,9 +145,9 @@ def eval(
     *,
     weights: Annotated[list[WeightPrecision | Literal["all"]], LIST] = ["float32"],  # noqa: B006
     max_tokens: int | None = None,
-    engine: EngineName = "auto",
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
-    threads: int | None = None,
+    engine: Engine = "auto",
+    device: Device = "auto",
+    threads: Threads = None,
 ) -> None:
     """Measure how well a model predicts a text, and what quantised weights cost.
 
@@ -179,12 +173,6 @@ def eval(
         How the engine holds the matrices: float32, int8, int4, or all of them in turn.
     max_tokens:
         Look only at so many tokens at the beginning of the text [all].
-    engine:
-        What computes: auto, numba, numpy, torch, gpu.
-    device:
-        Where to compute: auto, cpu, cuda, mps.
-    threads:
-        Of the CPU [all cores].
     """
     from glassgpt.checkpoint import require_language_model
     from glassgpt.evaluate import compare_weights, read_text, table
