@@ -390,7 +390,7 @@ class FinetuneConfig:
     lora_rank: Annotated[int | None, "train low-rank adapters instead of the weights"] = None
     lora_alpha: Annotated[float | None, "their scale, divided by the rank [twice the rank]"] = None
     lora_targets: Annotated[
-        tuple[str, ...], "adapted matrices: qkv, out, gate, up, down [all]"
+        tuple[str, ...], "adapted matrix: qkv, out, gate, up, down (may be repeated) [all]"
     ] = ()
     lora_dropout: Annotated[float, "share of an adapter's inputs that is dropped"] = 0.0
     base_weights: Annotated[
