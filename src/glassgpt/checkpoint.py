@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
@@ -37,6 +38,7 @@ from glassgpt.version import __version__
 
 SCHEMA_VERSION = 1
 LAST = Path("checkpoints") / "last"
+_LOOKED_AT = 4096  # numbers of a tensor, for a fingerprint
 
 
 @dataclass
@@ -58,6 +60,17 @@ def require_language_model(checkpoint: Checkpoint, name: str | Path = "this mode
         raise UserError(f"{name} is a classifier ({len(checkpoint.labels)} labels) and predicts no "
                         f'tokens; ask it with: glassgpt sample {name} --text "..."')  # fmt: skip
     return checkpoint
+
+
+def fingerprint(checkpoint: Checkpoint) -> str:
+    """16 hex digits that change when the weights do: of each tensor some numbers are looked at,
+    since training moves all of them."""
+    digest = hashlib.sha256()
+    for name in sorted(checkpoint.weights):
+        weight = checkpoint.weights[name]
+        some = weight.reshape(-1)[:: max(1, weight.size // _LOOKED_AT)]
+        digest.update(f"{name} {weight.shape}".encode() + some.astype("<f4").tobytes())
+    return digest.hexdigest()[:16]
 
 
 # -- files ---------------------------------------------------------------------------------------
