@@ -240,12 +240,18 @@ def save_adapter(
     alpha: float,
     dropout: float,
     base: str,
+    tokenizer_files: Mapping[str, bytes] = {},
 ) -> None:
-    """Write a LoRA adapter (`lora.adapter_tensors`) of the model `base`; PEFT loads the folder."""
+    """Write a LoRA adapter (`lora.adapter_tensors`) of the model `base`; PEFT loads the folder.
+
+    `tokenizer_files` (`tokenizer.to_files`): where it learned a chat template that the base lacks.
+    """
     folder = Path(folder)
     with explain_os_errors(f"write {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
     about, tensors = to_peft(config, tensors, alpha=alpha, dropout=dropout, base=base)
+    for name, content in tokenizer_files.items():
+        write_file(folder / name, content)
     write_tensors(folder / "adapter_model.safetensors", tensors)
     write_json(folder / "adapter_config.json", about)
 
@@ -265,12 +271,14 @@ def base_of(folder: Path) -> str:
 
 
 def with_adapter(base: Checkpoint, folder: Path) -> Checkpoint:
-    """`base` with the adapter in `folder` added into its weights, as they are asked for."""
+    """`base` with the adapter in `folder` added into its weights, as they are asked for, and with
+    the chat template that stands beside it."""
     about = read_json(folder / "adapter_config.json")
     tensors = SafeTensors([folder / "adapter_model.safetensors"])
     weights = apply_adapter(base.config, base.weights, about, tensors, str(folder))
     info = {"source": f"the adapter {folder} of {about.get('base_model_name_or_path')}"}
-    return dataclasses.replace(base, weights=weights, info=info)
+    template = _chat_template(folder, base.tokenizer) or base.chat_template
+    return dataclasses.replace(base, weights=weights, info=info, chat_template=template)
 
 
 # -- what resuming needs -------------------------------------------------------------------------

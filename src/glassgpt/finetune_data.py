@@ -165,8 +165,8 @@ def _chat_lesson(
         f"      {counted.tokens:,} tokens, {counted.learned / max(1, counted.tokens):.0%} of them "
         f"with loss; the longest has {counted.longest:,} of {T:,} that fit",
         f"      {counted.cut:,} longer than that, cut between turns; {counted.left_out:,} "
-        f"exchanges left out, too long alone; nothing to learn in {counted.nothing_learned:,} conversations"
-        f" (and in {judged.nothing_learned:,} to judge by)",
+        f"exchanges left out, too long alone; nothing to learn in {counted.nothing_learned:,} "
+        f"conversations (and in {judged.nothing_learned:,} to judge by)",
         f"      {_repeated(train, val)}",
         *_left_out(examples),
         *_unknown(chat.tokenizer, (turn.content for item in train for turn in item.turns)),

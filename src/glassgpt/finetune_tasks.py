@@ -30,7 +30,7 @@ from glassgpt.plot import confusion
 from glassgpt.runtime import to_device
 from glassgpt.tasks import TextTask
 from glassgpt.tensors import Lazy
-from glassgpt.tokenizer import Tokenizer
+from glassgpt.tokenizer import Tokenizer, to_files
 
 
 class FinetuneTask(TextTask):
@@ -101,8 +101,14 @@ class FinetuneTask(TextTask):
         super().save(folder, model, info)
         if self.lora is not None and _is_adapter_alone(model):
             tensors = adapter_tensors(model)
+            files, template = {}, self.chat_template
+            if template is not None:
+                files = to_files(
+                    self.tokenizer, model.config.context_length, chat_template=template
+                )
             ckpt.save_adapter(folder / "adapter", model.config, tensors, alpha=self.lora.alpha,
-                              dropout=self.lora.dropout, base=self.base_name)  # fmt: skip
+                              dropout=self.lora.dropout, base=self.base_name,
+                              tokenizer_files=files)  # fmt: skip
 
 
 def _is_adapter_alone(model: GPT) -> bool:

@@ -270,6 +270,17 @@ def test_an_adapter_goes_on_with_its_own_base_alone(files, tmp_path, capsys) -> 
     assert finetune(resume=run, max_steps=8).step == 8
 
 
+def test_an_adapter_alone_is_a_chat_partner_too(bases, files, tmp_path) -> None:
+    run = finetune(
+        bases(kind="byte"), files["chats"], out=tmp_path / "run", lora_rank=2, **FAST
+    ).run
+    asked = [{"role": "user", "content": "cat?"}]
+    answers = [glassgpt.load(folder).answer(asked, temperature=0, max_new_tokens=5)
+               for folder in (run, run / "adapter")]  # fmt: skip
+    assert answers[0] == answers[1]
+    assert load_pretrained(bases(kind="byte")).chat_template is None
+
+
 def test_other_text_to_keep_is_other_data(bases, files, tmp_path, capsys) -> None:
     keep = tmp_path / "keep.txt"
     keep.write_text("the dog says wow\n" * 40)
