@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
@@ -37,6 +38,7 @@ from glassgpt.version import __version__
 
 SCHEMA_VERSION = 1
 LAST = Path("checkpoints") / "last"
+_LOOKED_AT = 4096  # numbers of a tensor, for a fingerprint
 
 
 @dataclass
@@ -58,6 +60,17 @@ def require_language_model(checkpoint: Checkpoint, name: str | Path = "this mode
         raise UserError(f"{name} is a classifier ({len(checkpoint.labels)} labels) and predicts no "
                         f'tokens; ask it with: glassgpt sample {name} --text "..."')  # fmt: skip
     return checkpoint
+
+
+def fingerprint(checkpoint: Checkpoint) -> str:
+    """16 hex digits that change when the weights do: of each tensor some numbers are looked at,
+    since training moves all of them."""
+    digest = hashlib.sha256()
+    for name in sorted(checkpoint.weights):
+        weight = checkpoint.weights[name]
+        some = weight.reshape(-1)[:: max(1, weight.size // _LOOKED_AT)]
+        digest.update(f"{name} {weight.shape}".encode() + some.astype("<f4").tobytes())
+    return digest.hexdigest()[:16]
 
 
 # -- files ---------------------------------------------------------------------------------------
@@ -227,12 +240,18 @@ def save_adapter(
     alpha: float,
     dropout: float,
     base: str,
+    tokenizer_files: Mapping[str, bytes] = {},
 ) -> None:
-    """Write a LoRA adapter (`lora.adapter_tensors`) of the model `base`; PEFT loads the folder."""
+    """Write a LoRA adapter (`lora.adapter_tensors`) of the model `base`; PEFT loads the folder.
+
+    `tokenizer_files` (`tokenizer.to_files`): where it learned a chat template that the base lacks.
+    """
     folder = Path(folder)
     with explain_os_errors(f"write {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
     about, tensors = to_peft(config, tensors, alpha=alpha, dropout=dropout, base=base)
+    for name, content in tokenizer_files.items():
+        write_file(folder / name, content)
     write_tensors(folder / "adapter_model.safetensors", tensors)
     write_json(folder / "adapter_config.json", about)
 
@@ -252,12 +271,14 @@ def base_of(folder: Path) -> str:
 
 
 def with_adapter(base: Checkpoint, folder: Path) -> Checkpoint:
-    """`base` with the adapter in `folder` added into its weights, as they are asked for."""
+    """`base` with the adapter in `folder` added into its weights, as they are asked for, and with
+    the chat template that stands beside it."""
     about = read_json(folder / "adapter_config.json")
     tensors = SafeTensors([folder / "adapter_model.safetensors"])
     weights = apply_adapter(base.config, base.weights, about, tensors, str(folder))
     info = {"source": f"the adapter {folder} of {about.get('base_model_name_or_path')}"}
-    return dataclasses.replace(base, weights=weights, info=info)
+    template = _chat_template(folder, base.tokenizer) or base.chat_template
+    return dataclasses.replace(base, weights=weights, info=info, chat_template=template)
 
 
 # -- what resuming needs -------------------------------------------------------------------------

@@ -44,6 +44,10 @@ class TextTask:
         n = len(model.head.weight)
         return math.log(n), f"guessing: ln({n:,}) = {math.log(n):.2f}"
 
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint of the training says of it."""
+        return {"verb": self.verb}
+
     def note(self) -> str | None:
         """What people should know before it begins."""
         note = unknown_note(self.tokenizer, self.config.sample_prompt or "")

@@ -374,7 +374,7 @@ class Trainer:
         state |= {
             "eval_windows": self.eval_windows,
             "fits_in_memory": self.passes.fits_in_memory,
-            "verb": self.task.verb,
+            **self.task.state(),
             "seconds": self.clock.elapsed(),
             "first_val_loss": _or_none(self.first_val_loss),
             "best_val_loss": _or_none(self.best_val_loss),
