@@ -160,7 +160,7 @@ def attention(
     alone = L == H == 1
     side = _side(T, max(L, H))  # inches of a panel
     margin = 0.9 + 0.09 * max(map(len, shown))  # for names
-    figure = new_figure(H * side + margin + 1.2, L * side + margin + 0.3)
+    figure = new_figure(H * side + margin + 1.2, max(3.8, L * side + margin + 0.3))
     figure.get_layout_engine().set(wspace=0.02, hspace=0.02)  # type: ignore[union-attr]
     panels = figure.subplots(L, H, squeeze=False)
     shades = _shades()
