@@ -152,6 +152,7 @@ class LabelTask(FinetuneTask):
     """The label of a text: it shows how many it gets right."""
 
     try_next = 'sample {run} --text "What is this?"'
+    per = "text"
 
     def __init__(
         self,

@@ -35,6 +35,7 @@ class TextTask:
     layer_decay = 1.0
     dropout = 0.0  # beside that of the model
     loss: dict[str, Any] = {}
+    per = "token"  # what the loss is the mean of
 
     def __init__(self, tokenizer: Tokenizer, config: TrainConfig) -> None:
         self.tokenizer, self.config = tokenizer, config

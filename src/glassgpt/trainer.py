@@ -407,7 +407,7 @@ class Trainer:
         if self.log is not None:
             self.log.close()
             if self.evaluated_step is not None:
-                loss_curve(self.run, guessing=self.task.guessing(self.model))
+                loss_curve(self.run, guessing=self.task.guessing(self.model), per=self.task.per)
         if not finished:
             self.progress.say(f"stopped at step {self.step:,}; go on with: {self._how_to_resume}")
         elif not self.clock.is_over(self.step):

@@ -1,4 +1,4 @@
-"""The verbs that use models: sample, chat, eval, export, bench."""
+"""The verbs that use models: sample, chat, eval, plot, export, bench."""
 
 from __future__ import annotations
 
@@ -194,6 +194,78 @@ def eval(
     finally:
         terminal.close()
     print(table(found))
+
+
+def plot(
+    runs: Annotated[list[str], Parameter(negative_iterable=())],
+    /,
+    *,
+    x: Literal["step", "tokens", "time"] | None = None,
+    log_x: bool = False,
+    log_y: bool = False,
+    embedding: bool = False,
+    attention: Annotated[str | None, Parameter(allow_leading_hyphen=True)] = None,
+    layer: int | None = None,
+    head: int | None = None,
+    out: str | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Draw the losses of runs, or what is inside a model: embeddings and attention.
+
+    RUNS are run directories, also of a training that still goes on. Each has a colour: training
+    loss, smoothed, as a thin line, validation loss with marks, the best one filled; a dotted line
+    is the loss of guessing, ln(vocabulary). Where runs differ in options, the legend says in
+    which. The table printed beside it holds the best losses.
+
+    --embedding and --attention draw one model, and take whatever `sample` takes: where two
+    principal components put each token, and how alike learned positions are; or which tokens each
+    head looks at while the model reads a text.
+
+    The figure is a file in this folder, named after RUN (book-loss.png, book-embedding.png,
+    book-attention.png, of several runs loss-compare.png), or --out, whose suffix decides: .png;
+    .svg; .html, a page that needs nothing else.
+
+    Examples:
+
+    glassgpt plot runs/book
+
+    glassgpt plot runs/* --x tokens --log-x --out losses.svg
+
+    glassgpt plot runs/book --embedding --out embedding.html
+
+    glassgpt plot gpt2 --attention "The cat sat because it was tired" --layer 4 --head 11
+
+    Parameters
+    ----------
+    runs:
+        Run directories; for --embedding and --attention one of them, or the name of a model.
+    x:
+        What losses are drawn against: step, tokens, or time since the training began [step].
+    log_x:
+        A logarithmic axis for that, without step 0: laws of scaling become straight lines.
+    log_y:
+        A logarithmic axis for the loss.
+    embedding:
+        Draw the token embeddings, and the position embeddings of models that learn some.
+    attention:
+        Draw the attention patterns for this text; @FILE reads a file, - standard input.
+    layer:
+        With --attention: only this layer, from 0 [all].
+    head:
+        With --attention: only this head, from 0 [all].
+    out:
+        File to write: .png, .svg or .html.
+    overwrite:
+        Replace OUT if it exists.
+    """
+    from glassgpt import figures
+
+    options = dict(x=x, log_x=log_x, log_y=log_y, layer=layer, head=head)
+    text = None if attention is None else read_prompt(attention)
+    for line in figures.draw(runs, out, embedding=embedding, attention=text, overwrite=overwrite,
+                             **{name: value for name, value in options.items()
+                                if value is not None and value is not False}):  # fmt: skip
+        print(line)
 
 
 def export(
