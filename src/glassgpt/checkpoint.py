@@ -13,7 +13,9 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -39,6 +41,8 @@ from glassgpt.version import __version__
 SCHEMA_VERSION = 1
 LAST = Path("checkpoints") / "last"
 _LOOKED_AT = 4096  # numbers of a tensor, for a fingerprint
+SNAPSHOT = re.compile(r"\d{6,}")  # the step, with zeros before it: the shell sorts them as we do
+UNFINISHED = ".next"
 
 
 @dataclass
@@ -78,6 +82,11 @@ def fingerprint(checkpoint: Checkpoint) -> str:
 
 def write_json(path: Path, value: Any) -> None:
     write_file(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def finite_or_none(value: float) -> float | None:
+    """JSON has no infinity."""
+    return value if math.isfinite(value) else None
 
 
 def read_json(path: Path) -> Any:
@@ -339,4 +348,41 @@ def load_training(
 
 def _training_folders(run: Path) -> tuple[Path, Path, Path]:
     """The current one, the one being written, the one being replaced; in order of trust."""
-    return run / LAST, run / "checkpoints" / ".next", run / "checkpoints" / ".previous"
+    return run / LAST, run / "checkpoints" / UNFINISHED, run / "checkpoints" / ".previous"
+
+
+# -- the model on its way ------------------------------------------------------------------------
+
+
+def snapshots(run: str | Path) -> dict[int, Path]:
+    """Step -> the folder with the model of that step, which `load_model` takes; in order.
+
+    Those that are being written or deleted have another name.
+    """
+    folder = Path(run) / "snapshots"
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    steps = sorted(int(name) for name in names if SNAPSHOT.fullmatch(name))
+    return {step: folder / f"{step:06}" for step in steps}
+
+
+def save_snapshot(run: Path, step: int, checkpoint: Checkpoint) -> None:
+    """Keep the model of this step for good; once is enough."""
+    if step in snapshots(run):
+        return
+    folder = run / "snapshots"
+    try:
+        save_model(folder / UNFINISHED, checkpoint)
+        with explain_os_errors(f"write {folder}"):
+            os.replace(folder / UNFINISHED, folder / f"{step:06}")
+    finally:  # a disk that is full has room for other things again
+        shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
+
+
+def rewind_snapshots(run: Path, step: int) -> None:
+    """Forget the models that came after `step`: those steps will be done again."""
+    unfinished = run / "snapshots" / UNFINISHED
+    with explain_os_errors(f"write {run}"):
+        for folder in [path for after, path in snapshots(run).items() if after > step]:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            os.replace(folder, unfinished)
+        shutil.rmtree(unfinished, ignore_errors=True)

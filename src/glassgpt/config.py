@@ -308,6 +308,11 @@ class TrainConfig:
     ] = None
     patience: Annotated[int | None, "stop after this many evaluations without a new best"] = None
     checkpoint_interval: Annotated[int | None, "steps between checkpoints [eval_interval]"] = None
+    snapshots: Annotated[
+        bool,
+        "keep the model of steps 0, 1, 2, 3, 4, 6, 8, 11, 16 ... and the last in OUT/snapshots, "
+        "to see how it learned; each takes a model's room on the disk",
+    ] = False
     sample_prompt: Annotated[str | None, "prompt of the samples [a line break]"] = None
     sample_tokens: Annotated[int, "length of the samples drawn at evaluations (0: none)"] = 200
     log_interval: Annotated[int, "steps between lines of metrics.jsonl"] = 10
