@@ -25,6 +25,7 @@ VERBS = {
     "chat": "Talk with a model finetuned on conversations; a base model continues your text.",
     "eval": "Measure how well a model predicts a text, and what quantised weights cost.",
     "plot": "Draw the losses of runs, or what is inside a model: embeddings and attention.",
+    "trace": "Look into one forward pass: every operation with its shapes, and what it means.",
     "export": "Write a model for other programs: llama.cpp, ONNX Runtime, nanoGPT, or NumPy alone.",
     "bench": "Measure how fast a model generates or trains here, and where the time goes.",
 }

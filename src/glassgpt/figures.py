@@ -13,7 +13,7 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -28,9 +28,6 @@ from glassgpt.plot import Curve, X, loss_curves
 from glassgpt.pretrained import load_pretrained
 from glassgpt.runlog import aligned, format_seconds, read_metrics
 from glassgpt.tokenizer import Tokenizer, unknown_note
-
-if TYPE_CHECKING:
-    from glassgpt.model import GPT
 
 MAX_TOKENS = 128  # of a text whose attention is drawn: more can't be told apart
 _MAX_LABEL = 14  # characters of a token
@@ -243,6 +240,10 @@ def plot_attention(
 ) -> list[str]:
     """Draw where the heads of a model look while it reads `text`; of all layers and heads, or one
     of them."""
+    import torch  # losses are drawn without it
+
+    from glassgpt.trace import record
+
     loaded = glassgpt.load(run, device="cpu")
     config, tokenizer = loaded.config, loaded.tokenizer
     for name, value, n in (("layer", layer, config.n_layer), ("head", head, config.n_head)):
@@ -259,7 +260,9 @@ def plot_attention(
         tokens = tokens[:most]
     layers = range(config.n_layer) if layer is None else [layer]
     heads = range(config.n_head) if head is None else [head]
-    patterns = _finite(watch_attention(loaded.model, tokens)[np.ix_(layers, heads)], run)
+    trace = record(loaded.model, torch.tensor([tokens]), keep=["pattern"])
+    patterns = np.stack([trace[f"blocks.{i}.pattern"][0] for i in layers])[:, heads]  # (L, H, T, T)
+    patterns = _finite(patterns, run)
     chosen = [f"{name} {only[0]}" for name, only in (("layer", layers), ("head", heads))
               if len(only) == 1]  # fmt: skip
     labels = [label_of(tokenizer, token) for token in tokens]
@@ -268,31 +271,6 @@ def plot_attention(
     plot_inside.attention(target, patterns, labels, layers=layers, heads=heads,
                           title=", ".join([_title(run), *chosen]))  # fmt: skip
     return [f"{len(layers)} layers x {len(heads)} heads, {len(tokens)} tokens", *notes]
-
-
-def watch_attention(model: GPT, tokens: Sequence[int]) -> np.ndarray:
-    """The attention patterns of every layer and head while `model` reads: (T,) -> (L, H, T, T)."""
-    import torch
-
-    from glassgpt.model import attention_by_hand
-
-    seen = []
-
-    def watch(q: Any, k: Any, *rest: Any) -> Any:
-        # Attention to values that are the unit matrix is the pattern itself.
-        identity = torch.eye(k.size(-2)).expand(*k.shape[:2], -1, -1)  # (B, H, T, T)
-        seen.append(attention_by_hand(q, k, identity)[0])
-        return attention_by_hand(q, k, *rest)
-
-    for block in model.blocks:
-        block.attn.attend = watch  # type: ignore[union-attr]
-    try:
-        with torch.inference_mode():
-            model.hidden(torch.tensor([list(tokens)]))
-    finally:
-        for block in model.blocks:
-            del block.attn.attend  # type: ignore[union-attr]
-    return torch.stack(seen).numpy()
 
 
 def _finite(array: np.ndarray, run: str) -> np.ndarray:

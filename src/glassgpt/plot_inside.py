@@ -1,4 +1,4 @@
-"""Pictures of what is inside a model: its embeddings in two dimensions, its attention patterns.
+"""Pictures of what is inside a model: embeddings in two dimensions, attention, numbers by token.
 
     attention(Path("attention.png"), patterns, ["The", "␣cat"], title="book")   # (L, H, T, T)
 
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from glassgpt.canvas import new_figure, readable, save, style
+from glassgpt.canvas import COLOURS, new_figure, readable, save, style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -218,3 +218,77 @@ def _write_numbers(axes: Axes, pattern: np.ndarray) -> None:
             colour = "white" if pattern[i, j] > 0.4 else "black"
             axes.text(j, i, f"{pattern[i, j]:.2f}".removeprefix("0"), ha="center", va="center",
                       fontsize=7, color=colour)  # fmt: skip
+
+
+# -- numbers by token ----------------------------------------------------------------------------
+
+
+@style()
+def grid(
+    target: Path,
+    values: np.ndarray,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    *,
+    cells: Sequence[Sequence[str]] | None = None,
+    title: str,
+    x: str,
+    bar: str,
+    limits: tuple[float, float] | None = None,
+) -> None:
+    """`values` (R, T) as shades, the last row at the top: by lightness between `limits`, or
+    around zero with a colour for each sign. `cells`: a word for each."""
+    R, T = values.shape
+    wide = max([2, *(len(cell) for row in cells or () for cell in row)])
+    side = min(1.2, max(0.45, 0.11 * wide), 120 / T)  # inches of a column
+    figure = new_figure(T * side + 3.2, max(3.6, R * 0.32 + 1.9))
+    axes = figure.subplots()
+    largest = float(np.abs(values).max(initial=0)) or 1.0
+    low, high = limits or (-largest, largest)
+    picture = axes.imshow(values, cmap="Blues" if limits else "PuOr", vmin=low, vmax=high,
+                          aspect="auto", origin="lower")  # fmt: skip
+    for (i, j), value in np.ndenumerate(values) if cells else ():
+        dark = (value - low) / (high - low) > 0.55
+        axes.text(j, i, readable(cells[i][j], target), ha="center", va="center",  # type: ignore
+                  fontsize=8, color="white" if dark else "black", parse_math=False)  # fmt: skip
+    axes.set_yticks(range(R), rows, fontsize=8)
+    axes.set_xticks(range(T), [readable(column, target) for column in columns], fontsize=8,
+                    rotation=90 if max(map(len, columns)) > 3 else 0, parse_math=False)  # fmt: skip
+    axes.set_xlabel(x)
+    axes.set_title(readable(title, target), parse_math=False)
+    figure.colorbar(picture, ax=axes, aspect=12).set_label(readable(bar, target), parse_math=False)
+    save(figure, target, title)
+
+
+@style()
+def bars(
+    target: Path,
+    values: Sequence[float],
+    labels: Sequence[str],
+    *,
+    title: str,
+    x: str,
+    guess: float | None = None,
+) -> None:
+    """A bar for each label, the first at the top; `guess`: a line where guessing would be."""
+    figure = new_figure(7, 0.2 * len(values) + 1.6)
+    axes, at = figure.subplots(), range(len(values))
+    colours = [COLOURS[0] if value >= 0 else COLOURS[1] for value in values]
+    axes.barh(at, values, color=colours)
+    for i, value in zip(at, values, strict=True):
+        axes.annotate(f"{value:.2f}", (value, i), xytext=(3 if value >= 0 else -3, 0),
+                      textcoords="offset points", va="center", fontsize=7,
+                      ha="left" if value >= 0 else "right",
+                      bbox=dict(facecolor="white", edgecolor="none", pad=0.5))  # fmt: skip
+    axes.set_yticks(at, [readable(label, target) for label in labels], fontsize=8,
+                    parse_math=False)  # fmt: skip
+    axes.invert_yaxis()
+    axes.margins(x=0.12, y=0.01)
+    axes.axvline(0, color="black", linewidth=0.8)
+    if guess is not None:
+        axes.axvline(guess, color="gray", linestyle=":", label=f"guessing: {guess:.2f}")
+        axes.legend(loc="lower right")
+    axes.set_xlabel(x)
+    axes.set_title(readable(title, target), parse_math=False)
+    axes.grid(axis="x", alpha=0.2)
+    save(figure, target, title)

@@ -8,9 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
-from conftest import tiny_config, tiny_model
 from glassgpt import plot_inside
 from glassgpt.figures import (
     KINDS,
@@ -18,9 +16,7 @@ from glassgpt.figures import (
     kind_of,
     label_of,
     short_names,
-    watch_attention,
 )
-from glassgpt.model import attention, attention_by_hand
 from glassgpt.tokenizer import CharTokenizer, byte_tokenizer, train_bpe
 
 
@@ -44,44 +40,6 @@ def test_what_runs_differ_in() -> None:
     assert differences([one, {}]) == ["", ""]  # a run without glassgpt.json yet
     many = [dict(options=dict.fromkeys("abcd", i)) for i in (1, 2)]
     assert differences(many)[0] == "a 1, b 1, c 1, …"
-
-
-# -- attention -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("shape", ["gpt2", "modern"])
-def test_the_patterns_are_what_the_model_computes(shape: str) -> None:
-    """Against hooks on q, k and v: the pattern times v is what `out` receives."""
-    config = tiny_config(shape)
-    model = tiny_model(config)
-    tokens = [3, 1, 4, 1, 5]
-    patterns = watch_attention(model, tokens)  # (L, H, T, T)
-    T, H, D = len(tokens), config.n_head, config.head_dim
-    assert patterns.shape == (config.n_layer, H, T, T)
-    np.testing.assert_allclose(patterns.sum(axis=-1), 1, atol=1e-6)
-    assert np.all(patterns[..., *np.triu_indices(T, k=1)] == 0)
-    values, received = [], []
-    for block in model.blocks:
-        block.attn.qkv.register_forward_hook(lambda _, __, out: values.append(out))
-        block.attn.out.register_forward_pre_hook(lambda _, inputs: received.append(inputs[0]))
-    with torch.no_grad():
-        model(torch.tensor([tokens]))
-    for pattern, qkv, y in zip(patterns, values, received, strict=True):
-        v = qkv.view(T, -1, D)[:, -config.n_kv_head :].transpose(0, 1)  # (K, T, D)
-        v = v.repeat_interleave(H // config.n_kv_head, dim=0)
-        expected = (torch.from_numpy(pattern) @ v).transpose(0, 1).reshape(T, H * D)
-        torch.testing.assert_close(y[0], expected, rtol=0, atol=1e-5)
-
-
-def test_watching_leaves_the_model_as_it_was() -> None:
-    model = tiny_model(tiny_config())
-    watch_attention(model, [1, 2, 3])
-    assert all(block.attn.attend is attention for block in model.blocks)
-    model.blocks[1].register_forward_pre_hook(lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        watch_attention(model, [1, 2, 3])
-    assert all(block.attn.attend is attention for block in model.blocks)
-    assert attention_by_hand is not attention
 
 
 def svg_texts(path: Path) -> list[str]:

@@ -1,4 +1,4 @@
-"""The verbs that use models: sample, chat, eval, plot, export, bench."""
+"""The verbs that use models: sample, chat, eval, plot, trace, export, bench."""
 
 from __future__ import annotations
 
@@ -265,6 +265,104 @@ def plot(
     for line in figures.draw(runs, out, embedding=embedding, attention=text, overwrite=overwrite,
                              **{name: value for name, value in options.items()
                                 if value is not None and value is not False}):  # fmt: skip
+        print(line)
+
+
+def trace(
+    run: str | None = None,
+    text: Annotated[str, Parameter(allow_leading_hyphen=True)] = "",
+    /,
+    *,
+    show: Literal["operations", "lens", "attribution", "loss", "patch"] = "operations",
+    layer: int | None = None,
+    every: bool = False,
+    off: Annotated[list[str], LIST] = [],  # noqa: B006
+    fill: Literal["zero", "mean"] = "zero",
+    patch_from: Annotated[str | None, Parameter(allow_leading_hyphen=True)] = None,
+    parts: Annotated[list[str], LIST] = [],  # noqa: B006
+    token: Annotated[str | None, Parameter(allow_leading_hyphen=True)] = None,
+    out: str | None = None,
+    overwrite: bool = False,
+    device: Device = "auto",
+    preset: str | None = None,
+    tokens: int = 10,
+    batch: int = 1,
+    options: Annotated[TrainOptions, Parameter(name="*")] = {},  # noqa: B006
+) -> None:
+    """Look into one forward pass: every operation with its shapes, and what it means.
+
+    RUN is what `sample` takes, TEXT what the model reads. operations: the whole pass as a table,
+    operation by operation, shapes in letters (B batch, T tokens, S tokens seen, C width, H heads,
+    K key/value heads, D head width, F hidden width, V vocabulary) and in numbers, parameters,
+    FLOPs, and what the numbers are like. lens: what the model would write, read from each layer.
+    attribution: which part added how much to a token's logit. loss: how surprised it is by each
+    token. patch: which place of which layer makes the difference between two texts.
+
+    With --off, parts are switched off first, with --patch-from and --parts taken from another
+    text: 3 is a block, 3.attn and 3.mlp are its halves, 3.h2 is a head; also names of activations
+    (blocks.3.resid_mid). What that changes is said. --out draws instead of the table.
+
+    Without RUN, the model is the one that `train` with these options (--preset, --n-layer ...)
+    would make, and has no numbers yet: shapes, parameters and FLOPs.
+
+    Examples:
+
+    glassgpt trace runs/book "To be or not to be"
+
+    glassgpt trace gpt2 "The Eiffel Tower is in" --show lens --out lens.png
+
+    glassgpt trace gpt2 "When Mary and John went home, John gave" --off 9.h9 9.h6 --show attribution
+
+    glassgpt trace gpt2 "Rome is in" --patch-from "Paris is in" --show patch --token " Italy"
+
+    glassgpt trace --preset gpt2-124m --tokens 1024
+
+    Parameters
+    ----------
+    run:
+        Run directory, or the name of a model.
+    text:
+        What it reads; @FILE reads a file, - standard input.
+    show:
+        operations, lens, attribution, loss, patch.
+    layer:
+        operations: of this block [0].
+    every:
+        operations: of all blocks.
+    off:
+        Parts to switch off.
+    fill:
+        What takes their place: zero, or the mean over all positions of this text.
+    patch_from:
+        Another text, of as many tokens.
+    parts:
+        What to take from it.
+    token:
+        attribution, patch: of this token [the likeliest next one].
+    out:
+        Figure to draw: .png, .svg or .html.
+    overwrite:
+        Replace OUT if it exists.
+    preset:
+        Without RUN: a packaged recipe.
+    tokens:
+        Without RUN: how many of them are read.
+    batch:
+        Without RUN: texts side by side.
+    """
+    import glassgpt
+    from glassgpt.errors import UserError
+    from glassgpt.looking import describe_preset, look
+
+    if run is None:
+        print(describe_preset(preset, dict(options), tokens, batch))
+        return
+    if preset or options:
+        raise UserError("a RUN has its shape; --preset and options of training go without one")
+    for line in look(glassgpt.load(run, device=device), read_prompt(text), show=show, layer=layer,
+                     every=every, off=off, fill=fill, parts=parts, token=token, out=out,
+                     patch_from=None if patch_from is None else read_prompt(patch_from),
+                     overwrite=overwrite):  # fmt: skip
         print(line)
 
 
