@@ -94,6 +94,18 @@ def _routes(app: Any, session: Session, answer: Any) -> None:
         return _bytes(session.tensor(key, name, head, rows, columns))
 
 
+    @app.get("/api/trace/{key}/cell/{name}", response_model=None)
+    def cell(key: str, name: str, index: str):
+        return answer(session.cell(key, name, _integers(index)))
+
+
+def _integers(text: str) -> list[int]:
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise UserError(f"index={text!r}: write numbers, as in index=0,3,5") from None
+
+
 def _bytes(array: np.ndarray) -> Any:
     from fastapi.responses import Response
 

@@ -10,7 +10,7 @@ knows no text and no HTTP.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -47,6 +47,8 @@ def symbols_of(config: ModelConfig) -> dict[str, list[str]]:
     block |= {"mlp_out": stream, "resid_post": stream}
     for layer in range(config.n_layer):
         found |= {f"blocks.{layer}.{name}": symbols for name, symbols in block.items()}
+    if config.n_layer == 0:
+        found["blocks.0.resid_pre"] = stream
     return found | {"final": stream, "logits": ["T", "V"], "loss": ["T-1"]}
 
 
@@ -114,6 +116,16 @@ class HeldTrace(Trace):
                 raise Missing(f"{name}: head={head}; it has heads 0 to {there - 1}")
         elif head is not None:
             raise Missing(f"{name} has no heads")
+
+    def check_cell(self, name: str, index: Sequence[int]) -> tuple[int, ...]:
+        """`index` as a tuple; raises `Missing` for a cell that there isn't."""
+        if name not in self.symbols:
+            self.check(name)
+        shape = self.shape(name)
+        within = (0 <= i < n for i, n in zip(index, shape, strict=False))
+        if len(index) != len(shape) or not all(within):
+            raise Missing(f"{name} is {tuple(shape)}; it has no cell {tuple(index)}")
+        return tuple(index)
 
     def read(self, name: str, head: int | None = None, rows: slice = slice(None)) -> torch.Tensor:
         """An activation as float32 on the CPU: (T, ...), of the one head where it has heads."""

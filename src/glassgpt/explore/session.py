@@ -26,7 +26,7 @@ import torch
 from glassgpt.api import LoadedModel
 from glassgpt.checkpoint import require_language_model
 from glassgpt.errors import UserError
-from glassgpt.explain import explain
+from glassgpt.explain import Cell, Sum, explain
 from glassgpt.explore.held import HeldTrace, Missing
 from glassgpt.generate import first_tokens
 from glassgpt.lens import Fill, attribution, combine, logit_lens, patch_map, patched, without
@@ -230,6 +230,17 @@ class Session:
             found = found[..., _slice(columns)] if found.dim() > 1 else found
         return np.ascontiguousarray(found.numpy())
 
+    @one_at_a_time
+    def cell(self, key: str, name: str, index: Sequence[int]) -> dict[str, Any]:
+        """Where one number comes from."""
+        held = self.held(key)
+        at = held.check_cell(name, index)
+        ids = held.tokens[0].tolist()
+        origin = explain(held.model, ids, held.read, name, at, held.edits)
+        return {"name": name, "index": list(at), "value": origin.value, "how": origin.how,
+                "formula": origin.formula, **_sum(origin.sum), "difference": origin.difference,
+                "denominator": origin.denominator and _sum(origin.denominator)}  # fmt: skip
+
 
 # -- tokens --------------------------------------------------------------------------------------
 
@@ -237,9 +248,8 @@ LEGEND = {"B": "batch: texts side by side", "T": "tokens", "S": "tokens that can
           "C": "width of the residual stream", "H": "heads", "K": "key/value heads",
           "D": "dimensions of a head", "F": "width of the MLP", "V": "vocabulary",
           "L": "blocks"}  # fmt: skip
-PATCHABLE = ("token_embedding", "position_embedding", "resid_pre", "attn_in", "qkv", "q", "k", "v",
-             "head_out", "attn_out", "resid_mid", "mlp_in", "mlp_hidden", "mlp_out", "resid_post",
-             "final")  # fmt: skip
+PATCHABLE = ("token_embedding", "position_embedding", "attn_in", "qkv", "q", "k", "v", "head_out",
+             "attn_out", "resid_mid", "mlp_in", "mlp_hidden", "mlp_out", "resid_post")  # fmt: skip
 
 
 def token_bytes(tokenizer: Tokenizer, token: int) -> bytes:
@@ -303,6 +313,18 @@ def _slice(text: str) -> slice:
         return slice(int(first) if first else None, int(end) if end else None)
     except ValueError:
         raise UserError(f"{text!r} is no range; write 0:64") from None
+
+
+def _sum(found: Sum) -> dict[str, Any]:
+    def cell(source: Cell | None) -> dict[str, Any] | None:
+        return source and {"name": source[0], "index": list(source[1])}
+
+    terms = [{"label": term.label, "value": term.value, "factors": term.factors,
+              "sources": [cell(source) for source in term.sources],
+              "from": cell(next(filter(None, term.sources), None))}
+             for term in found.terms]  # fmt: skip
+    return {"terms": terms, "rest": {"count": found.rest_count, "value": found.rest},
+            "total": found.total}  # fmt: skip
 
 
 def _operation(op: Any) -> dict[str, Any]:
