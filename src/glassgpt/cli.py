@@ -27,6 +27,7 @@ VERBS = {
     "plot": "Draw the losses of runs, or what is inside a model: embeddings and attention.",
     "trace": "Look into one forward pass: every operation with its shapes, and what it means.",
     "export": "Write a model for other programs: llama.cpp, ONNX Runtime, nanoGPT, or NumPy alone.",
+    "explore": "See inside a model in the browser: every number, and where it comes from.",
     "bench": "Measure how fast a model generates or trains here, and where the time goes.",
 }
 _LEARN = {"demo", "prepare", "train", "finetune", "plan"}  # in verbs/learn.py; the rest in use.py

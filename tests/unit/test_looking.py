@@ -144,7 +144,7 @@ def test_a_preset_without_weights() -> None:
         describe_preset("gpt2-124m", {}, 2000, 1)
     small = describe_preset(None, {"n_layer": 1, "n_embd": 32, "n_head": 2}, 5, 1)
     assert "(1, 2, 5, 16)" in small
-    assert "vocabulary of 97 tokens (char)" in small
+    assert "vocabulary of 96 tokens (char)" in small
 
 
 def test_trace_from_python(loaded: LoadedModel) -> None:
