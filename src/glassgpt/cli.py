@@ -30,11 +30,13 @@ VERBS = {
     "explore": "See inside a model in the browser: every number, and where it comes from.",
     "bench": "Measure how fast a model generates or trains here, and where the time goes.",
 }
-_LEARN = {"demo", "prepare", "train", "finetune", "plan"}  # in verbs/learn.py; the rest in use.py
+_LEARN = {"demo", "prepare", "train", "finetune", "plan"}  # in verbs/learn.py
+_SEE = {"plot", "trace", "explore"}  # in verbs/see.py; the rest in verbs/use.py
 
 
 def module_of(verb: str) -> str:
-    return f"glassgpt.verbs.{'learn' if verb in _LEARN else 'use'}"
+    room = "learn" if verb in _LEARN else "see" if verb in _SEE else "use"
+    return f"glassgpt.verbs.{room}"
 
 
 def make_app(arguments: list[str]) -> App:
