@@ -7,9 +7,10 @@
 
 transfer: a model that a minute has taught the Python manual is finetuned on another text, all of
 its weights and by adapters, in a quarter of the steps that a new one of the same shape is trained
-for; on the text's first 50,000 characters, and on all of it. chat: it is finetuned on generated questions about invented people, and asked what it knows in
-words that no training question had. memory: the peak of full finetuning at 124M parameters (random
-weights) and of adapters. labels: which of two books is a line from? Results: results/finetune.json.
+for; on the text's first 50,000 characters, and on all of it. chat: it is finetuned on generated
+questions about invented people, and asked what it knows in words that no training question had.
+memory: the peak of full finetuning at 124M parameters (random weights) and of adapters. labels:
+which of two books is a line from? Results: results/finetune.json.
 """
 
 from __future__ import annotations
