@@ -121,7 +121,8 @@ class _Page:
         self.layer = layer or 0
         self.block: Any = model.blocks[layer] if layer is not None and len(model.blocks) else None
         config, stream = model.config, stream_names(model.config)
-        attn, mlp = getattr(self.block, "attn", None), getattr(self.block, "mlp", None)
+        attn: Any = getattr(self.block, "attn", None)
+        mlp: Any = getattr(self.block, "mlp", None)
         base = "_normed" if config.qk_norm else "_plain"
         rope = config.position == "rope"
         self.ways: dict[str, Callable[[Any], tuple]] = {

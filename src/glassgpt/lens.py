@@ -97,8 +97,10 @@ def _written(model: GPT, trace: Trace, position: int) -> Iterator[tuple[str, tor
         out: torch.nn.Linear = block.attn.out  # type: ignore[assignment,union-attr]
         heads = trace.tensor(f"{name}.head_out")[0, :, position].double()  # (H, D)
         weights = out.weight.double().view(-1, config.n_head, config.head_dim)  # (C, H, D)
-        written = [(f"{i}.h{h}", vector)
-                   for h, vector in enumerate(torch.einsum("hd,chd->hc", heads, weights))]
+        written = [
+            (f"{i}.h{h}", vector)
+            for h, vector in enumerate(torch.einsum("hd,chd->hc", heads, weights))
+        ]
         written += [] if out.bias is None else [(f"{i}.attn bias", out.bias)]
         if f"{name}.attn_out" in edits:
             written = []  # whatever the heads gave, something else took its place

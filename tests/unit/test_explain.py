@@ -124,7 +124,7 @@ def test_the_lens_and_attribution_read_a_held_trace(model: GPT) -> None:
         assert total == pytest.approx(logits[position, 5].item(), abs=1e-4)
 
 
-@pytest.mark.parametrize("name, index, says", [
+@pytest.mark.parametrize(("name", "index", "says"), [
     ("blocks.2.q", (0, 0, 0), "no activation 'blocks.2.q'"),
     ("blocks.1.q", (0, 0), "no cell"),
     ("blocks.1.q", (6, 0, 0), "no cell"),
