@@ -29,7 +29,7 @@ export function layOut(model, openLayer, width) {
   head.forEach(onStream);
   for (let layer = 0; layer < model.config.n_layer; layer++) {
     if (layer !== openLayer) place({ key: `b.${layer}`, kind: "block", closed: true, layer, lane: 0,
-      x: STREAM, half: 0, left: STREAM - 36, width: narrow ? 160 : 254, height: 22 });
+      x: STREAM, half: 0, left: STREAM - 36, width: narrow ? 160 : 240, height: 22 });
     else block.forEach(({ operation }, k) => place(blockItem(operation, `0.${k}`, layer, narrow)));
   }
   tail.forEach(onStream);
@@ -41,21 +41,21 @@ const isAdd = (operation) => operation.name === "add"
 
 function streamItem(operation, key, narrow) {
   return { key, operation, kind: "whole", part: "outside", lane: 0, layer: 0, x: STREAM, half: 0,
-    left: STREAM - 36, width: narrow ? 160 : 254, text: textOf(operation, narrow), shapeX: narrow ? 206 : 300,
+    left: STREAM - 36, width: narrow ? 160 : 240, text: textOf(operation, narrow), shapeX: narrow ? 206 : 262,
     short: narrow };
 }
 
 function blockItem(operation, key, layer, narrow) {
   if (isAdd(operation)) {
     return { key, operation, kind: "add", part: "stream", lane: 0, layer, x: STREAM, half: 13,
-      left: STREAM - 13, width: HEIGHT, text: "+", shapeX: narrow ? 206 : 300,
+      left: STREAM - 13, width: HEIGHT, text: "+", shapeX: narrow ? 206 : 262,
       short: narrow };
   }
-  const left = narrow ? 78 : 112; // to 196 or 290, where shapes begin
-  const width = narrow ? 118 : 178;
+  const left = narrow ? 78 : 96;
+  const width = narrow ? 118 : 154;
   return { key, operation, kind: "step", part: partOf(operation), lane: 1, layer, left, width,
     middle: left + width / 2, x: left, half: 0, text: textOf(operation, narrow),
-    shapeX: narrow ? 206 : 300, short: narrow };
+    shapeX: narrow ? 206 : 262, short: narrow };
 }
 
 function partOf(operation) {
