@@ -77,7 +77,7 @@ export function curve(app, { label, onpick }) {
     show(next) {
       shown = next;
       draw();
-      say(Infinity);
+      say(Math.max(0, ...shown.series.flatMap(({ points }) => points.map(([x]) => x))));
     },
   };
 }

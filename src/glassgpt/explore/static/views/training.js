@@ -32,7 +32,7 @@ export default {
       next: "Likeliest next tokens", token: "Token", probability: "Probability",
       written: "What it writes", lens: "Last token, read after each block",
       play: "Play",
-      after: "After", says: "It would say",
+      start: "embedding", after: "After", says: "It would say",
     },
     zh: {
       curve: "学习过程中的损失", train: "训练", val: "验证", guess: "瞎猜：{loss}",
@@ -44,7 +44,7 @@ export default {
       next: "最可能的下一个词元", token: "词元", probability: "概率",
       written: "它写出的文字", lens: "最后一个词元，逐块读出",
       play: "播放",
-      after: "之后", says: "它会说",
+      start: "嵌入", after: "之后", says: "它会说",
     },
   },
   alone: true,
@@ -180,7 +180,7 @@ function showLens(app, root, { rows }) {
       el("th", { scope: "col" }, t(key))))),
     el("tbody", null, rows.map(({ name, positions }, i) => {
       const [best] = positions.at(-1).top;
-      const label = i === 0 ? "resid_pre" : name.replace(/^blocks\./, "").replace(".resid_post", "");
+      const label = i === 0 ? t("start") : name.replace(/^blocks\./, "").replace(".resid_post", "");
       return el("tr", { "data-name": name }, el("td", null, i === 0 ? label
         : `${t("layer")} ${label}`), el("th", { scope: "row" }, el("span", { class: "piece" },
         visible(best))), el("td", { class: "number", "data-value": best.p }, percent(best.p)));
@@ -193,5 +193,5 @@ async function write(app, root, state, signal) {
   const drawn = await app.api.post("sample", { prompt, n: N_SAMPLED, seed, model, off, fill,
     snapshot, ...sampling }, signal);
   root.replaceChildren(el("span", { class: "quiet" }, app.trace.tokens.map(({ text }) => text)),
-    drawn.tokens.map(({ id, text }) => el("span", { "data-id": id }, text)));
+    ...drawn.tokens.map(({ id, text }) => el("span", { "data-id": id }, text)));
 }
