@@ -6,7 +6,7 @@
 
 export const FIELDS = {
   view: "tokens",
-  text: "",
+  text: "The cat sat on the mat. The cat",
   tokens: null, // ids instead of `text`
   model: "a",
   compare: false, // beside model b
@@ -21,6 +21,7 @@ export const FIELDS = {
   cell: null, // index into it
   sampling: {}, // temperature, top_k, top_p, min_p, repetition_penalty
   seed: 1337,
+  table: false, // pictures as tables
   lang: "", // "" follows the browser
   theme: "", // "" follows the system
 };
