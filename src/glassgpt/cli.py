@@ -25,7 +25,7 @@ VERBS = {
     "chat": "Talk with a model finetuned on conversations; a base model continues your text.",
     "eval": "Measure how well a model predicts a text, and what quantised weights cost.",
     "export": "Write a model for other programs: llama.cpp, ONNX Runtime, nanoGPT, or NumPy alone.",
-    "explore": "See inside a model in the browser: every number of a pass, and where it comes from.",
+    "explore": "See inside a model in the browser: every number, and where it comes from.",
     "bench": "Measure how fast a model generates or trains here, and where the time goes.",
 }
 _LEARN = {"demo", "prepare", "train", "finetune", "plan"}  # in verbs/learn.py; the rest in use.py

@@ -16,8 +16,14 @@ from typing import Any
 import numpy as np
 
 from glassgpt.errors import UserError
-from glassgpt.explore.held import Missing
-from glassgpt.explore.session import NotHeld, Session, TraceRequest
+from glassgpt.explore.held import MissingError
+from glassgpt.explore.requests import (
+    DistributionRequest,
+    PatchMapRequest,
+    SampleRequest,
+    TraceRequest,
+)
+from glassgpt.explore.session import NotHeldError, Session
 
 STATIC = Path(__file__).parent / "static"
 _HEADERS = {
@@ -52,6 +58,7 @@ def build_app(session: Session, hosts: list[str]) -> Any:
 
     _errors(app, answer)
     _routes(app, session, answer)
+    _trace_routes(app, session, answer)
     app.mount("/", StaticFiles(directory=STATIC, html=True, check_dir=False))
     return app
 
@@ -62,7 +69,13 @@ def _errors(app: Any, answer: Any) -> None:
 
     @app.exception_handler(UserError)
     def refused(request: Any, error: UserError) -> Any:
-        status = 410 if isinstance(error, NotHeld) else 404 if isinstance(error, Missing) else 400
+        status = (
+            410
+            if isinstance(error, NotHeldError)
+            else 404
+            if isinstance(error, MissingError)
+            else 400
+        )
         return answer({"error": " ".join(str(error).split())}, status)
 
     @app.exception_handler(RequestValidationError)
@@ -85,6 +98,30 @@ def _routes(app: Any, session: Session, answer: Any) -> None:
     def trace(asked: TraceRequest):
         return answer(session.trace(asked))
 
+    @app.post("/api/sample", response_model=None)
+    def sample(asked: SampleRequest):
+        return answer(session.sample(asked))
+
+    @app.get("/api/compare", response_model=None)
+    def compare(a: str, b: str):
+        return answer(session.compare(a, b))
+
+    @app.post("/api/patch_map", response_model=None)
+    def patch_map(asked: PatchMapRequest):
+        return _bytes(session.patch_map(asked))
+
+    @app.get("/api/token/{token}", response_model=None)
+    def token(token: int, model: str = "a"):
+        return answer(session.token(token, model))
+
+    @app.get("/api/training", response_model=None)
+    def training():
+        return answer(session.training())
+
+
+def _trace_routes(app: Any, session: Session, answer: Any) -> None:
+    from fastapi import Query
+
     @app.get("/api/trace/{key}/maps", response_model=None)
     def maps(key: str):
         return _bytes(session.maps(key))
@@ -92,6 +129,37 @@ def _routes(app: Any, session: Session, answer: Any) -> None:
     @app.get("/api/trace/{key}/tensor/{name}", response_model=None)
     def tensor(key: str, name: str, head: int | None = None, rows: str = "", columns: str = ""):
         return _bytes(session.tensor(key, name, head, rows, columns))
+
+    @app.get("/api/trace/{key}/cell/{name}", response_model=None)
+    def cell(key: str, name: str, index: str):
+        return answer(session.cell(key, name, _integers(index)))
+
+    first, end = Query(None, alias="from"), Query(None, alias="to")
+
+    @app.get("/api/trace/{key}/lens", response_model=None)
+    def lens(key: str, first: int | None = first, end: int | None = end, k: int = 5):
+        return answer(session.lens(key, first, end, k))
+
+    @app.get("/api/trace/{key}/attribution", response_model=None)
+    def attribution(
+        key: str, position: int = -1, token: int | None = None, against: int | None = None
+    ):
+        return answer(session.attribution(key, position, token, against))
+
+    @app.get("/api/trace/{key}/loss", response_model=None)
+    def loss(key: str):
+        return answer(session.loss(key))
+
+    @app.post("/api/trace/{key}/distribution", response_model=None)
+    def distribution(key: str, asked: DistributionRequest):
+        return answer(session.distribution(key, asked))
+
+
+def _integers(text: str) -> list[int]:
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise UserError(f"index={text!r}: write numbers, as in index=0,3,5") from None
 
 
 def _bytes(array: np.ndarray) -> Any:

@@ -10,7 +10,7 @@ knows no text and no HTTP.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ ATTENTION = ("raw_scores", "scores", "masked_scores", "pattern")  # each (T, S) 
 _ROWS = 256  # whose logits are computed at a time: 50 MB with GPT-2's vocabulary
 
 
-class Missing(UserError):
+class MissingError(UserError):
     """Asked for something that this model does not have."""
 
 
@@ -47,6 +47,8 @@ def symbols_of(config: ModelConfig) -> dict[str, list[str]]:
     block |= {"mlp_out": stream, "resid_post": stream}
     for layer in range(config.n_layer):
         found |= {f"blocks.{layer}.{name}": symbols for name, symbols in block.items()}
+    if config.n_layer == 0:
+        found["blocks.0.resid_pre"] = stream
     return found | {"final": stream, "logits": ["T", "V"], "loss": ["T-1"]}
 
 
@@ -104,16 +106,28 @@ class HeldTrace(Trace):
         return super().tensor(name)
 
     def check(self, name: str, head: int | None = None) -> None:
-        """Raises `Missing` for what there isn't."""
+        """Raises `MissingError` for what there isn't."""
         if name not in self.symbols:
-            raise Missing(f"this model has no activation {name!r}.{nearest(name, self.symbols)}")
+            raise MissingError(
+                f"this model has no activation {name!r}.{nearest(name, self.symbols)}"
+            )
         letters = self.symbols[name]
         if len(letters) == 3:
             there = sizes(self.config, 1)[letters[0]]
             if head is None or not 0 <= head < there:
-                raise Missing(f"{name}: head={head}; it has heads 0 to {there - 1}")
+                raise MissingError(f"{name}: head={head}; it has heads 0 to {there - 1}")
         elif head is not None:
-            raise Missing(f"{name} has no heads")
+            raise MissingError(f"{name} has no heads")
+
+    def check_cell(self, name: str, index: Sequence[int]) -> tuple[int, ...]:
+        """`index` as a tuple; raises `MissingError` for a cell that there isn't."""
+        if name not in self.symbols:
+            self.check(name)
+        shape = self.shape(name)
+        within = (0 <= i < n for i, n in zip(index, shape, strict=False))
+        if len(index) != len(shape) or not all(within):
+            raise MissingError(f"{name} is {tuple(shape)}; it has no cell {tuple(index)}")
+        return tuple(index)
 
     def read(self, name: str, head: int | None = None, rows: slice = slice(None)) -> torch.Tensor:
         """An activation as float32 on the CPU: (T, ...), of the one head where it has heads."""
@@ -165,8 +179,8 @@ class HeldTrace(Trace):
         """Make the rows of small maps: the largest of each square, x 255. pattern (1, H, T', S)"""
         size = self._bin
         rows, columns = (-(-n // size) for n in pattern.shape[-2:])
-        padded = torch.nn.functional.pad(pattern[0], (0, columns * size - pattern.size(-1),
-                                                      0, rows * size - pattern.size(-2)))  # fmt: skip
+        missing = columns * size - pattern.size(-1), rows * size - pattern.size(-2)
+        padded = torch.nn.functional.pad(pattern[0], (0, missing[0], 0, missing[1]))
         largest = padded.unflatten(1, (rows, size)).amax(2).unflatten(2, (columns, size)).amax(3)
         start = first // size
         small = (largest * 255).round().to(torch.uint8).cpu().numpy()

@@ -329,7 +329,7 @@ def explore(
     browser: bool = True,
     device: Device = "auto",
 ) -> None:
-    """See inside a model in the browser: every number of a pass, and where it comes from.
+    """See inside a model in the browser: every number, and where it comes from.
 
     RUN is what `sample` takes. A server on this machine shows the page; Ctrl-C ends it. Nothing is
     fetched from elsewhere, and only this machine can open the page.

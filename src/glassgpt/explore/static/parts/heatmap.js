@@ -9,7 +9,7 @@
    Whether tables are shown is `state.table`, the same for all pictures. Knows no server. */
 
 import { gradient, scaleOf, voidColour } from "./colours.js";
-import { css, el, segments } from "./dom.js";
+import { css, el, toggle } from "./dom.js";
 import { tableOf } from "./matrix_table.js";
 import { brief } from "./numbers.js";
 
@@ -47,19 +47,21 @@ export function heatmap(app, { label, onpick }) {
     say(cursor);
   }
 
+  const kinds = { picture: "asPicture", table: "asTable" };
+  const pick = Object.fromEntries(Object.entries(kinds).map(([kind, key]) => [kind, toggle(t(key),
+    false, () => app.set({ table: kind === "table" }, { replace: true }))]));
+  const button = (text, name, factor) => el("button", { type: "button", "aria-label": name,
+    onclick: () => zoom(factor) }, text);
+  const [out, whole] = [button("−", t("zoomOut"), 2), button(t("zoomAll"), t("zoomAll"), null)];
+  const zooms = el("span", null, button("+", t("zoomIn"), 0.5), " ", out, " ", whole);
+  above.append(el("div", { class: "segments", role: "group", "aria-label": label },
+    Object.values(pick)), zooms, scaleBar);
+
   function drawAbove() {
-    const zoomed = view.rows < shown.shape[0] || view.columns < shown.shape[1];
-    const small = Math.max(...shown.shape) <= 8;
-    above.replaceChildren(
-      segments(label, [["picture", t("asPicture")], ["table", t("asTable")]],
-        app.state.table ? "table" : "picture",
-        (kind) => app.set({ table: kind === "table" }, { replace: true })),
-      app.state.table || small ? "" : el("span", null,
-        el("button", { type: "button", onclick: () => zoom(0.5), "aria-label": t("zoomIn") }, "+"),
-        " ", el("button", { type: "button", onclick: () => zoom(2), disabled: !zoomed,
-          "aria-label": t("zoomOut") }, "−"),
-        " ", el("button", { type: "button", onclick: () => zoom(null), disabled: !zoomed },
-          t("zoomAll"))), scaleBar);
+    out.disabled = whole.disabled = view.rows >= shown.shape[0] && view.columns >= shown.shape[1];
+    zooms.hidden = app.state.table || Math.max(...shown.shape) <= 8;
+    pick.picture.setAttribute("aria-pressed", String(!app.state.table));
+    pick.table.setAttribute("aria-pressed", String(app.state.table));
     scaleBar.replaceChildren(shown.scale === "share" ? "0" : brief(-shown.most, 3),
       el("i", { style: `background:${gradient(shown.scale, shown.most)}` }),
       brief(shown.most, 3));
