@@ -39,14 +39,15 @@ export default {
       if (busy) return;
       busy = true;
       try {
-        for (let i = 0; i < n && !ended(app, steps); i++) {
+        for (let i = 0; i < n && !ended(steps); i++) {
           const asked = key;
-          const { tokens } = await app.api.post("sample", { prompt: promptIds(app),
+          const { tokens, finish } = await app.api.post("sample", { prompt: promptIds(app),
             new: steps.map(({ id }) => id), n: 1, seed: app.state.seed, sample: 0,
             ...app.state.sampling, model: app.state.model, off: app.state.off,
             fill: app.state.fill, snapshot: app.state.snapshot });
           if (asked !== key) return; // the text has changed meanwhile
           steps.push(...tokens);
+          if (finish === "end_of_text") steps.at(-1).end = true;
           draw();
         }
         app.alerts.clear("sample");
@@ -62,7 +63,7 @@ export default {
       showSteps(app, table, steps);
       showBytes(app, sums, steps);
       for (const button of buttons.querySelectorAll("[data-act^=step]")) {
-        button.disabled = ended(app, steps) || Boolean(app.state.patch);
+        button.disabled = ended(steps) || Boolean(app.state.patch);
       }
     }
 
@@ -88,8 +89,7 @@ export default {
 const promptIds = (app) => (app.state.tokens === null && app.state.text === "" ? []
   : app.trace.tokens.map(({ id }) => id));
 
-const ended = (app, steps) => steps.length > 0
-  && steps.at(-1).id === app.model.tokenizer.end_of_text;
+const ended = (steps) => Boolean(steps.at(-1)?.end);
 
 function legend(app) {
   const { t } = app;

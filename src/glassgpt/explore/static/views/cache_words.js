@@ -4,7 +4,8 @@ export default {
   en: {
     steps: "Step by step",
     step1: "Next token", stepMany: "{n} more", again: "Start over",
-    begin: "The first step reads the prompt, {n} tokens. Then watch.",
+    begin: "The first step reads the prompt, {n} tokens; what the server has read before in this "
+      + "model, from its first token on, it reuses.",
     reused: "reused from the cache", computed: "computed",
     with: "{n} positions computed", without: "{n} without a cache", saved: "{n} times less work",
     "head.number": "Step", "head.positions": "Positions the model looks at",
@@ -22,7 +23,7 @@ export default {
   zh: {
     steps: "逐步",
     step1: "下一个词元", stepMany: "再来 {n} 个", again: "重新开始",
-    begin: "第一步读入提示的 {n} 个词元。然后看它如何变化。",
+    begin: "第一步读入提示的 {n} 个词元；服务器此前用这个模型从头读过的部分会被复用。",
     reused: "从缓存复用", computed: "重新计算",
     with: "计算了 {n} 个位置", without: "没有缓存则要 {n} 个", saved: "工作量减少到 1/{n}",
     "head.number": "步", "head.positions": "模型看到的位置",

@@ -19,14 +19,15 @@ export function differences(app) {
     root,
     async update({ a, b, names, answer }) {
       const [lossA, lossB] = await Promise.all([a.get("loss"), b.get("loss")]);
-      showFacts(app, facts, answer, lossA.mean, lossB.mean);
+      const same = a.tokens.map(({ id }) => id).join() === b.tokens.map(({ id }) => id).join();
+      showFacts(app, facts, answer, { a: lossA.mean, b: lossB.mean, same });
       next.replaceChildren(...nextRows(app, answer.next.tokens, names));
-      losses.replaceChildren(...(answer.loss ? lossRows(app, b.tokens, answer.loss) : []));
+      losses.replaceChildren(...(same ? lossRows(app, b.tokens, answer.loss) : []));
     },
   };
 }
 
-function showFacts(app, root, answer, meanA, meanB) {
+function showFacts(app, root, answer, { a: meanA, b: meanB, same }) {
   const { t } = app;
   const data = (index, value) => ({ "data-name": "compare", "data-index": index,
     "data-value": value });
@@ -35,7 +36,7 @@ function showFacts(app, root, answer, meanA, meanB) {
     ...(meanA === null || meanB === null ? [] : [
       el("span", data("loss.a", meanA), t("lossFrom", { n: brief(meanA) })),
       el("span", data("loss.b", meanB), t("lossTo", { n: brief(meanB) })),
-      ...(answer.loss ? [el("span", null, t("lossBy", { n: signed(meanB - meanA) }))] : [])]));
+      ...(same ? [el("span", null, t("lossBy", { n: signed(meanB - meanA) }))] : [])]));
 }
 
 const signed = (n) => (n > 0 ? "+" : "") + brief(n, 3);

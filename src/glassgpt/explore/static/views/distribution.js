@@ -28,7 +28,6 @@ export function distributionPanel(app, onforce) {
 
 function stageRows(app, stages) {
   const { t } = app;
-  const size = stages[0].kept;
   return [
     el("thead", null, el("tr", null, ["stage", "kept", "mass", "entropy"].map((key) =>
       el("th", { scope: "col", class: key === "stage" ? null : "number" }, t(key))))),
@@ -36,11 +35,11 @@ function stageRows(app, stages) {
       const cuts = i > 0 && stage.kept < stages[i - 1].kept;
       return el("tr", { "data-name": "stage", "data-index": stage.name, "data-value": stage.mass,
         "data-kept": stage.kept, "data-entropy": stage.entropy, "data-cut": stage.cut,
-        class: cuts ? "cuts" : null },
-      el("th", { scope: "row" }, t(`stage.${stage.name}`),
-        cuts && stage.cut !== null && el("small", null, ` ${t("cutAt", { p: percent(stage.cut) })}`)),
-      el("td", { class: "number" }, stage.kept === size ? count(size)
-        : `${count(stage.kept)} / ${count(size)}`),
+        "data-on": stage.on, class: cuts ? "cuts" : stage.on ? null : "idle" },
+      el("th", { scope: "row" }, t(`stage.${stage.name}`), cuts
+        ? el("small", null, t("cutAt", { p: percent(stage.cut) }))
+        : !stage.on && el("small", null, t("off"))),
+      el("td", { class: "number" }, count(stage.kept)),
       el("td", { class: "number mass", style: `--share:${stage.mass}` }, percent(stage.mass)),
       el("td", { class: "number" }, brief(stage.entropy, 3)));
     })),

@@ -53,7 +53,10 @@ export default {
         grid.root.hidden = !chosen;
         if (chosen) grid.show(chosen);
         await map.update(kind === "prompt" && chosen ? pair.other : null, signal);
-        if (pair) await result.update({ ...pair, answer: await compared(app, pair.a, pair.b, signal) });
+        if (pair) {
+          const answer = await compared(app, pair.a, pair.b, signal);
+          await result.update({ ...pair, answer });
+        }
         result.root.hidden = !pair;
       },
 
@@ -112,7 +115,8 @@ async function promptPair(app, state, signal) {
   const plainly = { a, b: other, other, names: [t("firstText"), t("otherText")] };
   if (here !== there) return { pair: plainly, note: t("lengths", { a: here, b: there }) };
   const take = (next) => app.set({ patch: next.length ? { text: state.other, parts: next } : null });
-  const chosen = { label: t("grid.patch"), parts, toggle: (part) => take(flipped(parts, part)) };
+  const chosen = { label: t("grid.patch"), parts, takes: true,
+    toggle: (part) => take(flipped(parts, part)) };
   if (!parts.length) return { pair: plainly, chosen, note: t("patchNone") };
   const b = await shown(app, signal);
   return { chosen, note: t("patchNow", { parts: parts.join(", ") }),

@@ -110,6 +110,7 @@ export default {
         showTools(app, tools, { from, to, T });
         grid.redraw(() => showGrid(app, table, lens, { from, to, row }),
           () => table.querySelector('[aria-pressed="true"]'));
+        showChosen(table);
         showCell(app, cell, list, lens, { from, row });
         const last = lens.rows.at(-1).positions[app.position - from].top;
         await written.update(last, signal);
@@ -163,6 +164,15 @@ function showGrid(app, table, lens, { from, to, row }) {
         share: share(position) })))))),
     el("tfoot", null, el("tr", null, el("th", { scope: "row", title: t("settledNote") },
       t("settles")), texts.map((_, i) => el("td", null, settledAt(lens, i))))));
+}
+
+/** Scrolls the table, not the page, to where the chosen cell is. */
+function showChosen(table) {
+  const frame = table.parentNode.getBoundingClientRect();
+  const cell = table.querySelector('[aria-pressed="true"]').getBoundingClientRect();
+  const head = table.querySelector("tbody th").offsetWidth; // stays at the left edge
+  if (cell.right > frame.right) table.parentNode.scrollLeft += cell.right - frame.right + 8;
+  if (cell.left < frame.left + head) table.parentNode.scrollLeft -= frame.left + head - cell.left;
 }
 
 function cellButton(app, lens, { position, line, r, at, final, chosen, share }) {

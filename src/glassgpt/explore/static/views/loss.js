@@ -129,7 +129,7 @@ function rows(app, { loss, rank }, choose) {
   el("td", { class: "lossbar", "aria-hidden": "true" }, loss[i] !== null
     && el("i", { style: `--share:${loss[i] / most}` })),
   el("td", { class: "number" }, loss[i] === null ? "–" : percent(Math.exp(-loss[i]))),
-  el("td", { class: "number" }, rank[i] === null ? "–" : count(rank[i])));
+  el("td", { class: "number" }, rank[i] === null ? "–" : count(rank[i] + 1)));
   const left = loss.length - listed.length;
   return [el("caption", { class: "unseen" }, t("every")),
     el("thead", null, el("tr", null, head)), el("tbody", null, listed.map(row)),
@@ -149,7 +149,7 @@ function showDetail(app, root, list, { answer, before, at }) {
   const real = trace.tokens[at].id;
   root.replaceChildren(el("h2", null, title),
     el("p", null, t("was", { token: plain(trace.tokens[at]), p: percent(Math.exp(-loss)),
-      loss: brief(loss), rank: count(answer.rank[at]), all: count(app.model.vocab_size) }), " ",
+      loss: brief(loss), rank: count(answer.rank[at] + 1), all: count(app.model.vocab_size) }), " ",
     el("span", { class: "quiet" }, t("undecided", { n: brief(before.stages[0].entropy, 3) }))),
     list.root);
   const shown = before.tokens.slice(0, EXPECTED);

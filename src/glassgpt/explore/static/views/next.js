@@ -51,12 +51,14 @@ export default {
 
     /** Asks the sampler for `n` tokens after node `from`; grows the tree by them. */
     async function draw(from, n, sample) {
-      const { tokens } = await app.api.post("sample", { prompt: promptIds(app),
+      const { tokens, finish } = await app.api.post("sample", { prompt: promptIds(app),
         new: tree.pathOf(from).map(({ id }) => id), n, seed: app.state.seed, sample,
         ...app.state.sampling, model: app.state.model, off: app.state.off, fill: app.state.fill,
         snapshot: app.state.snapshot });
-      return tokens.reduce((node, token) => tree.grow(node, { ...token, how: "drawn", sample,
+      const last = tokens.reduce((node, token) => tree.grow(node, { ...token, how: "drawn", sample,
         end: token.id === app.model.tokenizer.end_of_text }), from);
+      if (finish === "end_of_text") last.end = true; // of a chat there are more ends than one
+      return last;
     }
 
     async function branch() {
@@ -126,6 +128,7 @@ export default {
         showButtons();
         keys.redraw(() => tree.show(app, chips, { tree: here, now, onpick: go }),
           () => chips.querySelector("[aria-current]"));
+        showCurrent(chips);
         knobs.update();
         panel.show(answer);
       },
@@ -174,6 +177,14 @@ function showText(app, root, now) {
     ? `…${before.slice(-300)}` : before), el("b", { "data-name": "text" },
     path.map((node) => (node.end ? "" : node.text)).join("")),
   el("span", { class: "cursor", "aria-hidden": "true" }));
+}
+
+/** Scrolls the tree, not the page. */
+function showCurrent(root) {
+  const frame = root.getBoundingClientRect();
+  const chip = root.querySelector("[aria-current]").getBoundingClientRect();
+  if (chip.bottom > frame.bottom) root.scrollTop += chip.bottom - frame.bottom + 6;
+  if (chip.top < frame.top) root.scrollTop -= frame.top - chip.top + 6;
 }
 
 /** The command that gives the same text, where there is one. */

@@ -1,6 +1,6 @@
 /* Part of view 7: every block, head and MLP as a switch: blocks x parts.
 
-   const grid = partsGrid(app); grid.show({label, parts: ["3.h2"], toggle: (part) => ...}) */
+   const grid = partsGrid(app); grid.show({label, parts: ["3.h2"], toggle: (part) => ..., takes}) */
 
 import { el, toggle as switchButton } from "../parts/dom.js";
 import { roam } from "../parts/roam.js";
@@ -28,6 +28,7 @@ export function partsGrid(app) {
     show(chosen) {
       title.textContent = chosen.label;
       root.setAttribute("aria-label", chosen.label);
+      table.classList.toggle("take", Boolean(chosen.takes));
       keys.redraw(() => table.replaceChildren(
         el("caption", { class: "unseen" }, chosen.label),
         el("thead", null, el("tr", null, columns.map((column) => el("th", { scope: "col" },
