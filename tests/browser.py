@@ -21,7 +21,7 @@ from urllib.parse import urlencode
 
 import pytest
 
-PATIENCE = 60  # seconds until a page that doesn't answer counts as broken
+PATIENCE = 120  # seconds until a page that doesn't answer counts as broken
 PHONE = {"width": 360, "height": 740}
 
 
@@ -86,13 +86,33 @@ class Explorer:
         return self.page.evaluate("document.documentElement.scrollWidth - window.innerWidth")
 
 
+_open: list[Any] = []  # the browser of this process: Playwright refuses to start a second time
+
+
+@contextmanager
+def chromium() -> Iterator[Any]:
+    """The browser that is open already, or one that is closed afterwards: while Playwright runs,
+    nothing else in the process can use asyncio."""
+    if _open:
+        yield _open[0]
+        return
+    sync_api = pytest.importorskip("playwright.sync_api", reason="left out: needs playwright")
+    path = shutil.which("chromium") or shutil.which("chromium-browser")
+    if path is None:
+        pytest.skip("left out: no Chromium is installed")
+    with sync_api.sync_playwright() as playwright:
+        _open.append(playwright.chromium.launch(
+            executable_path=path, args=["--no-sandbox", "--disable-dev-shm-usage"]
+        ))  # fmt: skip
+        try:
+            yield _open[0]
+        finally:
+            _open.pop().close()
+
+
 @contextmanager
 def explored(run: Path, *arguments: object, **options: Any) -> Iterator[Explorer]:
     """A server for `run`, and a browser; `options` are those of a Playwright page."""
-    sync_api = pytest.importorskip("playwright.sync_api", reason="left out: needs playwright")
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
-    if chromium is None:
-        pytest.skip("left out: no Chromium is installed")
     command = [sys.executable, "-m", "glassgpt", "explore", str(run), *map(str, arguments),
                "--port", "0", "--no-browser", "--device", "cpu"]  # fmt: skip
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
@@ -107,16 +127,13 @@ def explored(run: Path, *arguments: object, **options: Any) -> Iterator[Explorer
             wrong.append(route.request.url)
             return route.abort()
 
-        with sync_api.sync_playwright() as playwright:
-            browser = playwright.chromium.launch(
-                executable_path=chromium, args=["--no-sandbox", "--disable-dev-shm-usage"]
-            )
+        with chromium() as browser:
             page = browser.new_page(**{"locale": "en-GB", **options})
             page.set_default_timeout(1000 * PATIENCE)
             page.route("**/*", watch)
             page.on("pageerror", lambda error: wrong.append(str(error)))
             yield Explorer(page, url, server)
-            browser.close()
+            page.close()
     finally:
         server.terminate()
         server.wait(PATIENCE)
