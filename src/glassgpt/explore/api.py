@@ -59,6 +59,11 @@ def build_app(session: Session, hosts: list[str]) -> Any:
     _errors(app, answer)
     _routes(app, session, answer)
     _trace_routes(app, session, answer)
+
+    @app.api_route("/api/{rest:path}", methods=["GET", "POST"], response_model=None)
+    def nothing(rest: str):
+        raise MissingError(f"there is no /api/{rest}")
+
     app.mount("/", StaticFiles(directory=STATIC, html=True, check_dir=False))
     return app
 

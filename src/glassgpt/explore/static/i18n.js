@@ -16,10 +16,12 @@ export function languageOf(wanted) {
     !navigator.languages[0].toLowerCase().startsWith("en") ? "zh" : "en";
 }
 
-/** Looks among the view's words first. {name} in a text is replaced by values.name. */
+/** Looks among the view's words first. {name} in a text is replaced by values.name. A key without
+    words is a mistake, unless it may be missing: then the text is "". */
 export function translator(lang, words) {
-  return (key, values = {}) => {
+  return (key, values = {}, maybe = false) => {
     const text = words?.[lang]?.[key] ?? SHARED[lang][key] ?? SHARED.en[key];
+    if (text === undefined && maybe) return "";
     if (text === undefined) throw new Error(`no words for ${key}`);
     return text.replace(/\{(\w+)\}/g, (all, name) => (name in values ? values[name] : all));
   };

@@ -10,6 +10,7 @@ import { brief } from "./numbers.js";
 export function bars(app, { label, heading, onpick }) {
   const body = el("tbody");
   const root = el("table", { class: "bars" }, el("caption", { class: "unseen" }, label),
+    el("colgroup", null, el("col", { class: "what" }), el("col", { class: "amount" }), el("col")),
     el("thead", { class: "unseen" }, el("tr", null, heading.map((text) =>
       el("th", { scope: "col" }, text)), el("th", { scope: "col" }, app.t("bar")))), body);
   /** Rows: `label` (text or nodes), `value`, `text` (shown for it), `tone` ("", "cut", "now"),

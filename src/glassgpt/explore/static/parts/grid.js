@@ -7,7 +7,7 @@ import { cssColour, scaleOf, voidColour } from "./colours.js";
 import { css, el } from "./dom.js";
 
 const GAP = 3;
-const LARGEST = 84; // pixels of one map
+const LARGEST = 104; // pixels of one map
 
 /** `maps`: {shape: [L, H, side, side], data: Uint8Array}, shares x 255. */
 export function headGrid(app, { onpick }) {

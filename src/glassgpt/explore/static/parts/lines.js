@@ -6,7 +6,7 @@ import { el, svg } from "./dom.js";
 import { percent } from "./numbers.js";
 import { plain, visible } from "./tokens.js";
 
-const MOST = 24; // tokens drawn: those with the largest shares, in the order of the text
+const MOST = 16; // tokens drawn: those with the largest shares, in the order of the text
 const STEP = 26;
 
 export function attentionLines(app, { tokens, position, shares }) {

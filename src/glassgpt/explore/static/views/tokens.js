@@ -69,7 +69,7 @@ export default {
         showFacts(app, facts, tokens);
         showList(app, list, tokens);
         const token = tokens[app.position];
-        const { merges } = await app.api.get(`token/${token.id}`, signal);
+        const { merges } = await app.api.get(`token/${token.id}?model=${state.model}`, signal);
         showDetail(app, detail, token, merges);
       },
     };

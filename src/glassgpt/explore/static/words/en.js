@@ -91,4 +91,5 @@ export default {
   "habit.spread": "spread out",
   lines: "Position {position}, {token}, takes from:",
   "lines.more": "{n} tokens with smaller shares are not drawn.",
+  "curve.step": "Step",
 };

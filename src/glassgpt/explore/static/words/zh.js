@@ -91,4 +91,5 @@ export default {
   "habit.spread": "分散",
   lines: "位置 {position}（{token}）取自：",
   "lines.more": "另有 {n} 个份额较小的词元未画出。",
+  "curve.step": "步",
 };
