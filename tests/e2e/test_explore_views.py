@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import shutil
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlencode
 
 import numpy as np
 import pytest
 import torch
+from tests.browser import PHONE, Explorer, explored
+from tests.conftest import tiny_config, tiny_model, weights_of
 
 import glassgpt
-from conftest import tiny_config, tiny_model, weights_of
 from glassgpt.cache import KVCache
 from glassgpt.checkpoint import Checkpoint, save_model
 from glassgpt.config import Sampling
@@ -30,73 +24,34 @@ from glassgpt.lens import attribution, logit_lens, patch_map, patched, without
 from glassgpt.tokenizer import byte_tokenizer
 from glassgpt.trace import record
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright")
-
 GOLDEN = Path(__file__).parent.parent / "golden" / "modern"
 TEXT, OTHER = "The small bird slept", "The small bird sleep"
-VIEWS = ["lens", "next", "experiments", "loss", "cache"]
-PATIENCE = 30  # seconds until a page that doesn't answer counts as broken
 
 
-class Explorer:
-    """One page of a running explorer, and the models that it shows."""
+class Views(Explorer):
+    """The page, and the model that it shows."""
 
-    def __init__(self, page: Any, url: str, run: Path, other: Path) -> None:
-        self.page, self.url = page, url
-        self.loaded, self.other = glassgpt.load(run), glassgpt.load(other)
+    def __init__(self, explorer: Explorer, run: Path) -> None:
+        super().__init__(explorer.page, explorer.url, explorer.server)
+        self.loaded = glassgpt.load(run, device="cpu")
         self.model = self.loaded.model
-
-    def open(self, view: str, text: str = TEXT, **state: Any) -> None:
-        fields = {name: value if isinstance(value, str) else json.dumps(value)
-                  for name, value in state.items()}  # fmt: skip
-        self.page.goto("about:blank")
-        self.page.goto(f"{self.url}#{urlencode({'view': view, 'text': text, **fields})}")
-        self.page.wait_for_selector(f".view-{view}")
-        self.until(lambda: self._drawn() > 0)
-
-    def _drawn(self) -> int:
-        """How often the view was drawn; 0 while it is being drawn."""
-        view, main = self.page.locator("#view"), self.page.locator("#main")
-        if "true" in (view.get_attribute("aria-busy"), main.get_attribute("aria-busy")):
-            return 0
-        return int(view.get_attribute("data-ready") or 0)
-
-    def until(self, holds: Any) -> None:
-        end = time.monotonic() + PATIENCE
-        while not holds():
-            assert time.monotonic() < end, f"the page waits; alerts: {self.alerts()}"
-            self.page.wait_for_timeout(20)
-
-    @contextmanager
-    def change(self) -> Iterator[None]:
-        """Waits until what is done inside is drawn."""
-        before = int(self.page.locator("#view").get_attribute("data-ready") or 0)
-        yield
-        self.until(lambda: self._drawn() > before)
-
-    def press(self, selector: str) -> None:
-        with self.change():
-            self.page.click(selector)
 
     def write(self, selector: str, value: object) -> None:
         with self.change():
             self.page.fill(selector, str(value))
             self.page.press(selector, "Enter")
 
-    def alerts(self) -> list[str]:
-        return self.page.locator(".alert > span").all_inner_texts()
-
     def data(self, selector: str) -> list[dict[str, str]]:
         """The data attributes of every such element of the view."""
-        return self.page.eval_on_selector_all(f"#view {selector}",
-                                              "nodes => nodes.map(node => ({...node.dataset}))")  # fmt: skip
+        script = "nodes => nodes.map(node => ({...node.dataset}))"
+        return self.page.eval_on_selector_all(f"#view {selector}", script)
 
-    def cells(self, name: str) -> dict[str, dict[str, str]]:
+    def found(self, name: str) -> dict[str, dict[str, str]]:
         """Every element that carries a number of this name, by its index."""
         return {one["index"]: one for one in self.data(f'[data-name="{name}"]')}
 
     def values(self, name: str, key: str = "value") -> dict[str, float]:
-        return {index: float(one[key]) for index, one in self.cells(name).items() if key in one}
+        return {index: float(one[key]) for index, one in self.found(name).items() if key in one}
 
     def ids(self, text: str = TEXT) -> list[int]:
         return self.loaded.tokenizer.encode(text)
@@ -104,7 +59,6 @@ class Explorer:
     def batch(self, text: str = TEXT) -> torch.Tensor:
         return torch.tensor([self.ids(text)])
 
-    @torch.no_grad()
     def logits(self, ids: list[int], edits: Any = None) -> np.ndarray:
         """(T, V) float32"""
         return record(self.model, torch.tensor([ids]), edits=edits)["logits"][0]
@@ -127,60 +81,27 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
-    if chromium is None:
-        pytest.skip("left out: no Chromium is installed")
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
-@contextmanager
-def explored(browser: Any, run: Path, other: Path) -> Iterator[Explorer]:
-    """A server, and a page that must ask nobody else."""
-    command = [sys.executable, "-m", "glassgpt", "explore", str(run), "--with", str(other),
-               "--port", "0", "--no-browser"]  # fmt: skip
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    strangers: list[str] = []
-    try:
-        assert server.stdout is not None
-        url = server.stdout.readline().split()[0]
-        page = browser.new_page(locale="en-GB")
-        page.on("pageerror", lambda error: strangers.append(str(error)))
-        page.on("request", lambda request: request.url.startswith((url, "blob:", "data:"))
-                or request.url == "about:blank" or strangers.append(request.url))  # fmt: skip
-        yield Explorer(page, url, run, other)
-        page.close()
-    finally:
-        server.terminate()
-        server.wait(PATIENCE)
-    assert not strangers, strangers
+def modern(runs: dict[str, Path]) -> Iterator[Views]:
+    with explored(runs["modern"], "--with", runs["tuned"]) as explorer:
+        yield Views(explorer, runs["modern"])
 
 
 @pytest.fixture(scope="module")
-def modern(browser: Any, runs: dict[str, Path]) -> Iterator[Explorer]:
-    with explored(browser, runs["modern"], runs["tuned"]) as explorer:
-        yield explorer
-
-
-@pytest.fixture(scope="module")
-def of_bytes(browser: Any, runs: dict[str, Path]) -> Iterator[Explorer]:
-    with explored(browser, runs["bytes"], runs["bytes"]) as explorer:
-        yield explorer
+def of_bytes(runs: dict[str, Path]) -> Iterator[Views]:
+    with explored(runs["bytes"]) as explorer:
+        yield Views(explorer, runs["bytes"])
 
 
 @pytest.fixture(params=["modern", "of_bytes"])
-def explorer(request: pytest.FixtureRequest) -> Explorer:
+def explorer(request: pytest.FixtureRequest) -> Views:
     return request.getfixturevalue(request.param)
 
 
 # -- 5: the logit lens ---------------------------------------------------------------------------
 
 
-def test_every_cell_of_the_lens_is_what_the_head_reads_there(explorer: Explorer):
-    explorer.open("lens")
+def test_every_cell_of_the_lens_is_what_the_head_reads_there(explorer: Views):
+    explorer.open("lens", TEXT)
     trace = record(explorer.model, explorer.batch())
     shown = {(one["name"], int(one["index"])): one for one in explorer.data(".lens button")}
     for name, logits in logit_lens(explorer.model, trace):
@@ -195,9 +116,9 @@ def test_every_cell_of_the_lens_is_what_the_head_reads_there(explorer: Explorer)
     np.testing.assert_allclose(last, output.max(-1).values, atol=1e-5)
 
 
-def test_a_cell_of_the_lens_opens_its_distribution(modern: Explorer):
-    modern.open("lens")
-    modern.press('.lens tbody tr:nth-child(2) td:nth-child(6) button')
+def test_a_cell_of_the_lens_opens_its_distribution(modern: Views):
+    modern.open("lens", TEXT)
+    modern.press(".lens tbody tr:nth-child(2) td:nth-child(6) button")
     trace = record(modern.model, modern.batch())
     chance = dict(logit_lens(modern.model, trace))["blocks.0.resid_post"][0, 4].softmax(-1)
     rows = modern.data('.bars [data-name="lens"]')
@@ -206,8 +127,8 @@ def test_a_cell_of_the_lens_opens_its_distribution(modern: Explorer):
         assert float(row["value"]) == pytest.approx(chance[int(row["index"])].item(), abs=1e-5)
 
 
-def test_the_parts_of_a_logit_add_up_to_it(explorer: Explorer):
-    explorer.open("lens", position=7)
+def test_the_parts_of_a_logit_add_up_to_it(explorer: Views):
+    explorer.open("lens", TEXT, position=7)
     logits = explorer.logits(explorer.ids())[7]
     assert explorer.values("attribution")["total"] == pytest.approx(logits.max(), abs=1e-4)
     rows = explorer.values("attribution")
@@ -221,8 +142,8 @@ def test_the_parts_of_a_logit_add_up_to_it(explorer: Explorer):
             assert shown[part.part] == pytest.approx(part.value, abs=1e-5)
 
 
-def test_the_lens_moves_by_keyboard(modern: Explorer):
-    modern.open("lens", position=3)
+def test_the_lens_moves_by_keyboard(modern: Views):
+    modern.open("lens", TEXT, position=3)
     modern.page.focus('.lens [aria-pressed="true"]')
     modern.page.keyboard.press("ArrowUp")
     modern.page.keyboard.press("ArrowLeft")
@@ -237,29 +158,29 @@ def test_the_lens_moves_by_keyboard(modern: Explorer):
 HOW = dict(repetition_penalty=1.3, temperature=0.7, top_k=14, top_p=0.93, min_p=0.05)
 
 
-def test_the_distribution_is_that_of_the_sampler(explorer: Explorer):
-    explorer.open("next")
+def test_the_distribution_is_that_of_the_sampler(explorer: Views):
+    explorer.open("next", TEXT)
     for name, value in HOW.items():
         explorer.write(f'[data-knob="{name}"]', value)
     vocabulary = explorer.loaded.tokenizer.vocab_size
     logits = explorer.logits(explorer.ids())[-1, :vocabulary]
     filtered = filter_logits(logits, set(explorer.ids()), Sampling(**HOW))  # type: ignore[arg-type]
     own, final = probabilities(logits), probabilities(filtered)
-    shown = explorer.cells("distribution")
+    shown = explorer.found("distribution")
     assert len(shown) == min(60, vocabulary)
     for index, cell in shown.items():
         assert float(cell["value"]) == pytest.approx(own[int(index)], abs=1e-6)
         assert float(cell["final"]) == pytest.approx(final[int(index)], abs=1e-6)
         assert float(cell["logit"]) == pytest.approx(logits[int(index)], abs=1e-4)
         assert ("cut" in cell) == (filtered[int(index)] == -np.inf)
-    stages = explorer.cells("stage")
+    stages = explorer.found("stage")
     assert list(stages) == ["all", *HOW]
     assert int(stages["top_k"]["kept"]) == 14
     assert int(stages["min_p"]["kept"]) == np.isfinite(filtered).sum()
 
 
-def test_the_line_lies_where_top_k_cuts(modern: Explorer):
-    modern.open("next", sampling={"top_k": 5})
+def test_the_line_lies_where_top_k_cuts(modern: Views):
+    modern.open("next", TEXT, sampling={"top_k": 5})
     rows = modern.page.locator(".dist tbody tr")
     assert rows.nth(5).get_attribute("data-stage") == "top_k"
     assert modern.page.locator(".dist .out").count() == modern.loaded.tokenizer.vocab_size - 5
@@ -267,14 +188,14 @@ def test_the_line_lies_where_top_k_cuts(modern: Explorer):
     assert modern.values("stage")["top_k"] == pytest.approx(sum(kept), abs=1e-6)
 
 
-def drawn_text(explorer: Explorer) -> str:
+def drawn_text(explorer: Views) -> str:
     return explorer.page.locator('[data-name="text"]').text_content()
 
 
 @pytest.mark.parametrize("seed", [1337, 8])
-def test_drawing_gives_the_text_of_glassgpt_sample(explorer: Explorer, seed: int):
+def test_drawing_gives_the_text_of_glassgpt_sample(explorer: Views, seed: int):
     how: dict[str, Any] = dict(temperature=0.9, top_k=20)
-    explorer.open("next", sampling=how, seed=seed)
+    explorer.open("next", TEXT, sampling=how, seed=seed)
     for _ in range(3):
         explorer.press('[data-act="draw"]')
     explorer.press('[data-act="drawMany"]')  # with the bytes' model, over the end of the context
@@ -284,22 +205,22 @@ def test_drawing_gives_the_text_of_glassgpt_sample(explorer: Explorer, seed: int
     assert explorer.loaded.tokenizer.decode(ids) == expected.text  # type: ignore[union-attr]
 
 
-def test_an_empty_text_begins_as_sample_does(modern: Explorer):
+def test_an_empty_text_begins_as_sample_does(modern: Views):
     modern.open("next", text="", sampling={"repetition_penalty": 1.5})
     modern.press('[data-act="drawMany"]')
     expected = modern.loaded.generate("", max_new_tokens=20, repetition_penalty=1.5, engine="torch")
     assert drawn_text(modern) == expected.text  # type: ignore[union-attr]
 
 
-def test_another_sample_is_sample_s_second_text(modern: Explorer):
-    modern.open("next", sample=1)
+def test_another_sample_is_sample_s_second_text(modern: Views):
+    modern.open("next", TEXT, sample=1)
     modern.press('[data-act="drawMany"]')
     both = modern.loaded.generate(TEXT, max_new_tokens=20, num_samples=2, engine="torch")
     assert drawn_text(modern) == both[1].text  # type: ignore[index,union-attr]
 
 
-def test_force_branch_and_undo_grow_one_tree(modern: Explorer):
-    modern.open("next")
+def test_force_branch_and_undo_grow_one_tree(modern: Views):
+    modern.open("next", TEXT)
     modern.press('[data-act="draw"]')
     first = modern.page.locator(".tree [aria-current]").get_attribute("data-index")
     unlikely = modern.page.locator(".dist tbody tr").last
@@ -316,7 +237,8 @@ def test_force_branch_and_undo_grow_one_tree(modern: Explorer):
     modern.press(f'.tree [data-index="{first}"]')
     modern.press('[data-act="branch"]')
     branch = modern.page.locator(".tree [aria-current]").get_attribute("data-index")
-    assert branch.startswith(f"{first},") and branch != f"{first},{token}"
+    assert branch.startswith(f"{first},")
+    assert branch != f"{first},{token}"
     assert modern.page.locator(".branches > li").count() == 2
     modern.press('[data-act="undo"]')
     assert modern.page.locator(".tree [aria-current]").get_attribute("data-index") == first
@@ -327,8 +249,8 @@ def test_force_branch_and_undo_grow_one_tree(modern: Explorer):
     assert modern.page.locator(".tree [aria-current]").get_attribute("data-index") == branch
 
 
-def test_what_was_drawn_is_in_the_address(modern: Explorer):
-    modern.open("next", drawn=modern.ids(" in the"))
+def test_what_was_drawn_is_in_the_address(modern: Views):
+    modern.open("next", TEXT, drawn=modern.ids(" in the"))
     assert drawn_text(modern) == " in the"
     chance = probabilities(modern.logits(modern.ids(TEXT + " in the"))[-1])
     for index, p in modern.values("distribution").items():
@@ -340,10 +262,10 @@ def test_what_was_drawn_is_in_the_address(modern: Explorer):
 # -- 7: experiments ------------------------------------------------------------------------------
 
 
-def against(explorer: Explorer, one: np.ndarray, two: np.ndarray) -> None:
+def against(explorer: Views, one: np.ndarray, two: np.ndarray) -> None:
     """The page compares these two: logits (T, V) each."""
     p, q = probabilities(one[-1]), probabilities(two[-1])
-    shown = explorer.cells("compare")
+    shown = explorer.found("compare")
     for index, cell in shown.items():
         if index.isdecimal():
             assert float(cell["a"]) == pytest.approx(p[int(index)], abs=1e-5)
@@ -353,11 +275,11 @@ def against(explorer: Explorer, one: np.ndarray, two: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize("fill", ["zero", "mean"])
-def test_switching_parts_off_and_reset(explorer: Explorer, fill: str):
-    explorer.open("experiments")
+def test_switching_parts_off_and_reset(explorer: Views, fill: str):
+    explorer.open("experiments", TEXT)
     whole = explorer.logits(explorer.ids())
     against(explorer, whole, whole)
-    before = explorer.cells("compare"), explorer.cells("lossChange")
+    before = explorer.found("compare"), explorer.found("lossChange")
     with explorer.change():
         explorer.page.get_by_label("In its place").select_option(fill)
     for part in ("1.mlp", "0.h2"):
@@ -369,11 +291,11 @@ def test_switching_parts_off_and_reset(explorer: Explorer, fill: str):
     np.testing.assert_allclose([shown[str(i + 1)] for i in range(len(losses))], losses, atol=1e-4)
     assert abs(explorer.values("compare")["kl"]) > 1e-4
     explorer.press('[data-act="reset"]')
-    assert (explorer.cells("compare"), explorer.cells("lossChange")) == before
+    assert (explorer.found("compare"), explorer.found("lossChange")) == before
 
 
-def test_patching_from_a_second_text(explorer: Explorer):
-    explorer.open("experiments", experiment="prompt")
+def test_patching_from_a_second_text(explorer: Views):
+    explorer.open("experiments", TEXT, experiment="prompt")
     explorer.write("#other-text", OTHER)
     here, there = explorer.logits(explorer.ids()), explorer.logits(explorer.ids(OTHER))
     against(explorer, here, there)
@@ -388,29 +310,29 @@ def test_patching_from_a_second_text(explorer: Explorer):
         assert value == pytest.approx(expected[tuple(map(int, index.split(",")))], abs=1e-4)
 
 
-def test_a_text_patched_with_itself_stays_as_it_is(explorer: Explorer):
-    explorer.open("experiments", experiment="prompt", other=TEXT)
+def test_a_text_patched_with_itself_stays_as_it_is(explorer: Views):
+    explorer.open("experiments", TEXT, experiment="prompt", other=TEXT)
     for part in ("0", "1.h1", "1.mlp"):
         explorer.press(f'[data-part="{part}"]')
     assert explorer.page.locator("#prompt .badge").count() == 1  # something is patched
-    for index, cell in explorer.cells("compare").items():
+    for index, cell in explorer.found("compare").items():
         if index.isdecimal():
             assert float(cell["a"]) == pytest.approx(float(cell["b"]), abs=1e-6)
     assert explorer.values("compare")["kl"] == pytest.approx(0, abs=1e-6)
     assert not any(explorer.values("patch_map").values())
 
 
-def test_texts_of_other_lengths_are_compared_but_not_patched(modern: Explorer):
-    modern.open("experiments", experiment="prompt", other="The small bird")
+def test_texts_of_other_lengths_are_compared_but_not_patched(modern: Views):
+    modern.open("experiments", TEXT, experiment="prompt", other="The small bird")
     against(modern, modern.logits(modern.ids()), modern.logits(modern.ids("The small bird")))
     assert modern.page.locator("[data-part]:visible").count() == 0
     assert "patching needs as many" in modern.page.locator(".view-experiments").inner_text()
 
 
-def test_two_models_side_by_side(modern: Explorer):
-    modern.open("experiments", experiment="models")
+def test_two_models_side_by_side(modern: Views, runs: dict[str, Path]):
+    modern.open("experiments", TEXT, experiment="models")
     with torch.no_grad():
-        other = modern.other.model(modern.batch())[0].numpy()
+        other = glassgpt.load(runs["tuned"], device="cpu").model(modern.batch())[0].numpy()
     against(modern, modern.logits(modern.ids()), other)
     losses = token_losses(other[:-1], np.array(modern.ids()[1:]))
     assert modern.values("compare")["loss.b"] == pytest.approx(losses.mean(), abs=1e-4)
@@ -419,8 +341,8 @@ def test_two_models_side_by_side(modern: Explorer):
 # -- 8: loss -------------------------------------------------------------------------------------
 
 
-def test_the_loss_is_that_of_evaluate(explorer: Explorer):
-    explorer.open("loss")
+def test_the_loss_is_that_of_evaluate(explorer: Views):
+    explorer.open("loss", TEXT)
     found = text_loss(ReferenceEngine(explorer.model), explorer.loaded.tokenizer, TEXT)
     logits = explorer.logits(explorer.ids())[:-1]
     targets = np.array(explorer.ids()[1:])
@@ -434,8 +356,8 @@ def test_the_loss_is_that_of_evaluate(explorer: Explorer):
     assert [ranks[str(i + 1)] for i in range(len(rank))] == rank.tolist()
 
 
-def test_a_surprise_says_what_was_expected_instead(modern: Explorer):
-    modern.open("loss", lossOrder="loss")
+def test_a_surprise_says_what_was_expected_instead(modern: Views):
+    modern.open("loss", TEXT, lossOrder="loss")
     rows = modern.data(".losses tbody tr")
     losses = [float(row["value"]) for row in rows[:-1]]  # the text's first token comes last
     assert losses == sorted(losses, reverse=True)
@@ -448,7 +370,7 @@ def test_a_surprise_says_what_was_expected_instead(modern: Explorer):
         assert p == pytest.approx(chance[int(index)], abs=1e-6)
 
 
-def test_one_token_has_no_loss(modern: Explorer):
+def test_one_token_has_no_loss(modern: Views):
     modern.open("loss", text="T")
     assert "two tokens" in modern.page.locator(".view-loss").inner_text()
 
@@ -456,14 +378,14 @@ def test_one_token_has_no_loss(modern: Explorer):
 # -- 9: the cache --------------------------------------------------------------------------------
 
 
-def test_the_cache_is_as_large_as_its_tensors(explorer: Explorer):
+def test_the_cache_is_as_large_as_its_tensors(explorer: Views):
     text = TEXT[:9]
     explorer.open("cache", text=text, seed=explorer.loaded.config.vocab_size)  # asked by nobody yet
     explorer.page.click('[data-act="step"]')
-    explorer.until(lambda: "0" in explorer.cells("cache"))
+    explorer.until(lambda: "0" in explorer.found("cache"))
     explorer.page.click('[data-act="stepMany"]')
-    explorer.until(lambda: "10" in explorer.cells("cache"))
-    steps = explorer.cells("cache")
+    explorer.until(lambda: "10" in explorer.found("cache"))
+    steps = explorer.found("cache")
     cache = KVCache(explorer.model.config, 1)
     with torch.no_grad():
         explorer.model(explorer.batch(text), cache=cache)
@@ -483,31 +405,24 @@ def test_the_cache_is_as_large_as_its_tensors(explorer: Explorer):
 
 # -- all of them ---------------------------------------------------------------------------------
 
+STATES: list[tuple[str, dict[str, Any]]] = [
+    ("next", {"sampling": {"top_k": 5, "top_p": 0.9}}), ("experiments", {"off": ["1", "0.h1"]}),
+    ("experiments", {"experiment": "prompt", "other": OTHER}),
+    ("experiments", {"experiment": "models"}), ("loss", {"lossOrder": "loss"}),
+]  # fmt: skip
+
 
 @pytest.mark.parametrize(("theme", "lang"), [("light", "en"), ("dark", "zh")])
-def test_nothing_for_axe_to_find_and_no_scrolling_sideways(
-    modern: Explorer, theme: str, lang: str
-):
+def test_axe_finds_nothing_and_a_phone_is_wide_enough(modern: Views, theme: str, lang: str):
     axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="needs axe").Axe()
-    states = [("lens", {}), ("next", {"sampling": {"top_k": 5}, "drawn": modern.ids(" in")}),
-              ("experiments", {"off": ["1", "0.h1"]}),
-              ("experiments", {"experiment": "prompt", "other": OTHER}),
-              ("loss", {}), ("cache", {})]  # fmt: skip
-    for view, state in states:
-        for width in (1280, 360):
-            modern.page.set_viewport_size({"width": width, "height": 800})
-            modern.open(view, theme=theme, lang=lang, **state)
-            found = axe.run(modern.page)
-            assert not found.response["violations"], (view, width, found.generate_report())
-            assert modern.page.evaluate("document.documentElement.scrollWidth") <= width
-            assert modern.alerts() == []
-    modern.page.set_viewport_size({"width": 1280, "height": 800})
-
-
-def test_both_languages_have_all_words(modern: Explorer):
-    modern.open("lens")
-    for view in VIEWS:
-        module = f"async () => (await import('/views/{view}.js')).default.words"
-        words = modern.page.evaluate(module)
-        assert sorted(words["en"]) == sorted(words["zh"]), view
-        assert all(words["zh"].values())
+    desk = modern.page.viewport_size
+    modern.page.set_viewport_size(PHONE)
+    for view, state in STATES:
+        if view == "next":
+            state = state | {"drawn": modern.ids(" in")}
+        modern.open(view, TEXT, theme=theme, lang=lang, **state)
+        found = axe.run(modern.page)
+        assert not found.response["violations"], (view, state, found.generate_report())
+        assert modern.overflow <= 0, (view, state)
+        assert modern.alerts() == []
+    modern.page.set_viewport_size(desk)
