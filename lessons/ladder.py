@@ -154,7 +154,7 @@ def table() -> str:
 
 def taken(notebook: str, *names: str) -> Any:
     """Functions and classes of an earlier notebook, as they stand there: `taken("02_bigram",
-    "train")`. Runs its imports and definitions, nothing else."""
+    "train")`. Runs its imports, its definitions and what it has from here, nothing else."""
     cells = json.loads((HERE / f"{notebook}.ipynb").read_text())["cells"]
     namespace: dict[str, Any] = {"__name__": notebook}
     for number, cell in enumerate(cells):
@@ -169,7 +169,7 @@ def taken(notebook: str, *names: str) -> Any:
 
 def _defines(node: ast.stmt) -> bool:
     kinds = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef)
-    takes = isinstance(node, ast.Assign) and "ladder.taken(" in ast.unparse(node)
+    takes = isinstance(node, ast.Assign) and ast.unparse(node.value).startswith("ladder.")
     return isinstance(node, kinds) or takes
 
 
