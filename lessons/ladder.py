@@ -205,13 +205,14 @@ def difference(before: Any, after: Any, context: int = 99) -> None:
 def plain_figures() -> None:
     """One look for all figures, small enough for a notebook."""
     import matplotlib.pyplot as plt
+    from cycler import cycler
 
     plt.rcParams.update(
         {
             "figure.dpi": 80,
             "figure.figsize": (7, 4),
             "figure.constrained_layout.use": True,
-            "axes.prop_cycle": plt.cycler(color=COLOURS),
+            "axes.prop_cycle": cycler(color=COLOURS),
             "axes.grid": True,
             "axes.spines.top": False,
             "axes.spines.right": False,
