@@ -174,11 +174,12 @@ def format_seconds(seconds: float) -> str:
     return f"{minutes}m {rest:02}s" if minutes else f"{seconds:.0f}s"
 
 
-def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """A table as plain text: the first column to the left, the others, numbers, to the right."""
+def aligned(rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    """A table as plain text: the first columns to the left, the others, numbers, to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = (
-        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows
+        "  ".join([*map(str.ljust, row[:left], widths), *map(str.rjust, row[left:], widths[left:])])
+        for row in rows
     )
     return "\n".join(line.rstrip() for line in lines)
 
