@@ -112,8 +112,10 @@ class _Looked:
         if not ids:
             first = begin_of_text(tokenizer)
             ids = tokenizer.encode("\n") if first is None else [first]
-        device = self.model.head.weight.device
-        return torch.tensor([ids], device=device), [f"note: {note}"] if note else []
+        notes, limit = [f"note: {note}"] if note else [], self.config.context_length
+        if len(ids) > limit:
+            notes.append(f"note: only the first {limit} of {len(ids):,} tokens are read")
+        return torch.tensor([ids[:limit]], device=self.model.head.weight.device), notes
 
     def label(self, token: int) -> str:
         return label_of(self.loaded.tokenizer, token)

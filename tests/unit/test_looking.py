@@ -129,10 +129,13 @@ def test_what_can_not_be_shown(loaded: LoadedModel, options: dict, says: str) ->
         look(loaded, TEXT, **options)
 
 
-def test_unknown_characters_are_named_and_too_long_a_text_is_refused(loaded: LoadedModel) -> None:
+def test_unknown_characters_and_what_is_not_read_are_named(loaded: LoadedModel) -> None:
     assert look(loaded, "ab#c")[0].startswith("note: not in the training text")
+    lines = look(loaded, "a" * 14)
+    assert lines[0] == "note: only the first 13 of 14 tokens are read"
+    assert any("(1, 13, " in line for line in lines)
     with pytest.raises(UserError, match="14 tokens; the context holds 1 to 13"):
-        look(loaded, "a" * 14)
+        loaded.trace("a" * 14)
     assert look(loaded, "")  # the token before texts
 
 
