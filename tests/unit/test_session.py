@@ -61,7 +61,7 @@ def test_a_tiny_llama_of_transformers(tmp_path: Path) -> None:
     theirs = LlamaForCausalLM(LlamaConfig(
         vocab_size=257, hidden_size=24, intermediate_size=40, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=32,
-        initializer_range=0.3,
+        initializer_range=0.3, attn_implementation="eager",
     )).eval()  # fmt: skip
     theirs.save_pretrained(tmp_path)
     spec = json.dumps(byte_tokenizer().spec)

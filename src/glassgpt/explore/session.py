@@ -25,6 +25,7 @@ import torch
 
 from glassgpt.api import LoadedModel
 from glassgpt.checkpoint import require_language_model
+from glassgpt.config import ModelConfig
 from glassgpt.errors import UserError, nearest
 from glassgpt.explain import Cell, Sum, explain
 from glassgpt.explore.drawing import Reader, distribution, in_context
@@ -38,7 +39,7 @@ from glassgpt.explore.requests import (
 )
 from glassgpt.explore.words import describe, likeliest, merges, next_tokens, text_of
 from glassgpt.generate import draw, filter_logits, first_tokens, probabilities
-from glassgpt.lens import attribution, combine, logit_lens, patch_map, patched, without
+from glassgpt.lens import attribution, combine, find_part, logit_lens, patch_map, patched, without
 from glassgpt.runlog import read_metrics
 from glassgpt.tokenizer import Tokenizer, unknown_note
 from glassgpt.trace import Edit, record, shapes_of, source
@@ -190,7 +191,11 @@ class Session:
         if len(other) != len(tokens):
             raise UserError(f"the other text has {len(other)} tokens and this one {len(tokens)}; "
                             "patching needs as many")  # fmt: skip
-        of_other = record(loaded.model, _batch(loaded, other), keep=PATCHABLE)
+        names = {name for part in patch.parts for name in _activations(part, loaded.config)}
+        of_other = record(loaded.model, _batch(loaded, other),
+                          keep={name.rpartition(".")[2] for name in names})  # fmt: skip
+        of_other.activations = {name: of_other.activations[name]
+                                for name in names & of_other.activations.keys()}  # fmt: skip
         return combine(patched(of_other, patch.parts), edits)
 
     def held(self, key: str) -> tuple[HeldTrace, Tokenizer]:
@@ -419,6 +424,13 @@ LEGEND = {"B": "batch: texts side by side", "T": "tokens", "S": "tokens that can
           "L": "blocks"}  # fmt: skip
 PATCHABLE = ("token_embedding", "position_embedding", "attn_in", "qkv", "q", "k", "v", "head_out",
              "attn_out", "resid_mid", "mlp_in", "mlp_hidden", "mlp_out", "resid_post")  # fmt: skip
+
+
+def _activations(part: str, config: ModelConfig) -> list[str]:
+    """What a part gives; an activation's name stands for itself."""
+    if part.rpartition(".")[2] in PATCHABLE:
+        return [part]
+    return find_part(part, config).activations
 
 
 def cache_bytes(loaded: LoadedModel) -> int:
