@@ -12,7 +12,8 @@ const EDGE = { left: 46, right: 14, top: 14, bottom: 34 };
 export function curve(app, { label, onpick }) {
   const { t } = app;
   const drawing = el("div");
-  const table = el("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": label });
+  const table = el("div", { class: "scroll", tabindex: "0", role: "region",
+    "aria-label": `${label}: ${t("asTable")}` });
   const readout = el("p", { class: "readout", role: "status" });
   const root = el("div", { class: "picture curve" }, drawing, table, readout);
   let shown = null;

@@ -16,7 +16,7 @@ export function headGrid(app, { onpick }) {
     "aria-label": `${t("grid")}. ${t("grid.help")}` });
   const readout = el("p", { class: "readout", role: "status" });
   const table = el("div", { class: "scroll", tabindex: "0", role: "region",
-    "aria-label": t("grid") });
+    "aria-label": `${t("grid")}: ${t("asTable")}` });
   const root = el("div", { class: "picture" }, canvas, table, readout);
   let maps = null;
   let at = [0, 0];

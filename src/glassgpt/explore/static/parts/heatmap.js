@@ -22,7 +22,8 @@ export function heatmap(app, { label, onpick }) {
   const canvas = el("canvas", { tabindex: "0", role: "application", "aria-label":
     `${label}. ${t("pictureHelp")}` });
   const readout = el("p", { class: "readout", role: "status" });
-  const table = el("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": label });
+  const table = el("div", { class: "scroll", tabindex: "0", role: "region",
+    "aria-label": `${label}: ${t("asTable")}` });
   const scaleBar = el("span", { class: "legend", "aria-hidden": "true" });
   const above = el("div", { class: "bar-above" });
   const root = el("div", { class: "picture" }, above, canvas, table, readout);
