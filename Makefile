@@ -26,14 +26,14 @@ test: lint
 	$(PYTHON) -m pytest -n 2 --dist worksteal
 
 lint: $(STAMP)-dev
-	$(PYTHON) -m ruff check src tests benchmarks
-	$(PYTHON) -m ruff format --check src tests benchmarks
+	$(PYTHON) -m ruff check src tests benchmarks lessons
+	$(PYTHON) -m ruff format --check src tests benchmarks lessons
 	$(PYTHON) -m pyright --pythonpath $(PYTHON)
 	$(VENV)/bin/lint-imports
 
 fix: $(STAMP)-dev
-	$(PYTHON) -m ruff check --fix src tests benchmarks
-	$(PYTHON) -m ruff format src tests benchmarks
+	$(PYTHON) -m ruff check --fix src tests benchmarks lessons
+	$(PYTHON) -m ruff format src tests benchmarks lessons
 
 $(PYTHON):
 	$(BASE_PYTHON) -m venv $(VENV)

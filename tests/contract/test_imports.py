@@ -37,7 +37,8 @@ def test_help_imports_nothing_heavy() -> None:
     assert not imported("-m", "glassgpt", "--version") & (HEAVY - {"rich"})
 
 
-@pytest.mark.parametrize("verb", ["train", "plan", "sample", "prepare", "demo", "eval", "bench"])
+@pytest.mark.parametrize("verb", ["train", "plan", "sample", "prepare", "demo", "eval", "plot",
+                                  "bench"])  # fmt: skip
 def test_the_help_of_a_verb_imports_nothing_heavy(verb: str) -> None:
     assert not imported("-m", "glassgpt", verb, "--help") & (HEAVY - {"rich"})
 

@@ -242,7 +242,9 @@ def test_axe_finds_nothing(page: Explorer, scheme: Any, lang: str, table: bool) 
     page.page.emulate_media(color_scheme=scheme, reduced_motion="reduce")
     for view in VIEWS:
         page.open(view, TEXT, lang=lang, table=table, tensor="blocks.1.scores", cell=[0, 2, 1])
-        assert page.page.locator("html").get_attribute("lang") == {"en": "en", "zh": "zh-Hans"}[lang]
+        assert (
+            page.page.locator("html").get_attribute("lang") == {"en": "en", "zh": "zh-Hans"}[lang]
+        )
         page.page.evaluate(axe())
         found = page.page.evaluate("axe.run().then(result => result.violations)")
         said = [f"{one['id']}: {node['html'][:150]} {node['failureSummary'][:300]}"
@@ -311,7 +313,9 @@ def test_the_address_carries_everything(page: Explorer) -> None:
               off=["0.mlp"])  # fmt: skip
     assert page.page.locator("#head-title").inner_text().startswith("Layer 1, head 3")
     assert page.page.locator("html").get_attribute("data-theme") == "dark"
-    assert page.page.locator('#prompt-tokens [aria-selected="true"]').get_attribute("data-at") == "4"
+    assert (
+        page.page.locator('#prompt-tokens [aria-selected="true"]').get_attribute("data-at") == "4"
+    )
     assert "0.mlp" in page.page.locator(".changes").inner_text()
     page.press("#views a:has-text('Map')")
     assert "view=map" in page.page.url
@@ -329,7 +333,7 @@ def test_saved_as_one_file(page: Explorer, tmp_path: Path) -> None:
         download.value.save_as(tmp_path / f"view.{ending}")
     html = (tmp_path / "view.html").read_text()
     assert "data-value" in html
-    for outside in ("<script", "http://", "https://", "src=\"/", "<link"):
+    for outside in ("<script", "http://", "https://", 'src="/', "<link"):
         assert outside not in html.replace("http://www.w3.org/", "")
     assert (tmp_path / "view.png").read_bytes().startswith(b"\x89PNG")
 

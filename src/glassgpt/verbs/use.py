@@ -1,4 +1,4 @@
-"""The verbs that use models: sample, chat, eval, export, bench, explore."""
+"""The verbs that use models: sample, chat, eval, export, bench."""
 
 from __future__ import annotations
 
@@ -317,56 +317,6 @@ def _measure(what: str, run: Any, preset: Any, seconds: float, options: Any, dec
     from glassgpt.bench import describe_decode
 
     return describe_decode(run, threads=options.get("threads"), progress=progress, **decode)
-
-
-def explore(
-    run: str,
-    /,
-    *,
-    other: Annotated[str | None, Parameter(name="--with")] = None,
-    host: str = "127.0.0.1",
-    port: int = 8321,
-    browser: bool = True,
-    device: Device = "auto",
-) -> None:
-    """See inside a model in the browser: every number, and where it comes from.
-
-    RUN is what `sample` takes. A server on this machine shows the page; Ctrl-C ends it. Nothing is
-    fetched from elsewhere, and only this machine can open the page.
-
-    Examples:
-
-    glassgpt explore runs/book
-
-    glassgpt explore runs/helper --with gpt2 --port 9000 --no-browser
-
-    Parameters
-    ----------
-    run:
-        Run directory, or the name of a model.
-    other:
-        Another model, to compare.
-    host:
-        Address to listen on; 0.0.0.0 lets other machines in.
-    port:
-        To listen on; 0 takes a free one.
-    browser:
-        Open the page in a browser.
-    """
-    import contextlib
-    import webbrowser
-
-    from glassgpt.explore.api import listen, serve
-    from glassgpt.explore.session import Session
-
-    with listen(host, port) as listener, contextlib.suppress(KeyboardInterrupt):
-        session = Session(run, other, device)
-        port = listener.getsockname()[1]
-        url = f"http://{f'[{host}]' if ':' in host else host}:{port}/"
-        print(f"{url} (Ctrl-C ends)", flush=True)
-        if browser:
-            webbrowser.open(url)
-        serve(session, listener, host)
 
 
 def read_prompt(prompt: str) -> str:

@@ -162,10 +162,12 @@ function speak() {
   shell = makeShell(app);
 }
 
+const system = matchMedia("(prefers-color-scheme: dark)");
+
 function setTheme() {
-  const root = document.documentElement;
-  if (["light", "dark"].includes(app.state.theme)) root.dataset.theme = app.state.theme;
-  else delete root.dataset.theme;
+  const { theme } = app.state;
+  const chosen = ["light", "dark"].includes(theme);
+  document.documentElement.dataset.theme = chosen ? theme : system.matches ? "dark" : "light";
 }
 
 // -- start ---------------------------------------------------------------------------------------
@@ -185,7 +187,10 @@ async function start() {
   mount();
   watchKeys(app);
   watchTips();
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", update);
+  system.addEventListener("change", () => {
+    setTheme();
+    update();
+  });
   await compute();
 }
 

@@ -41,9 +41,8 @@ export async function exportHtml(app) {
   const { t, state, model } = app;
   const root = document.documentElement;
   const note = t("save.note", { model: model.name, text: state.text });
-  const theme = root.dataset.theme ? ` data-theme="${root.dataset.theme}"` : "";
   const page = `<!doctype html>
-<html lang="${root.lang}"${theme}>
+<html lang="${root.lang}" data-theme="${root.dataset.theme}">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
@@ -71,8 +70,7 @@ export async function exportPng(app) {
   const wrapper = document.createElement("div");
   wrapper.setAttribute("xmlns", "http://www.w3.org/1999/xhtml");
   wrapper.setAttribute("class", "root saved");
-  const dark = getComputedStyle(root).colorScheme === "dark";
-  wrapper.dataset.theme = dark ? "dark" : "light";
+  wrapper.dataset.theme = root.dataset.theme;
   const style = document.createElement("style");
   style.textContent = (await styles()).replaceAll(":root", ".root");
   wrapper.append(style, frozen());

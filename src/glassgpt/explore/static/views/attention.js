@@ -4,10 +4,12 @@ import { el, segments } from "../parts/dom.js";
 import { headGrid } from "../parts/grid.js";
 import { heatmap } from "../parts/heatmap.js";
 import { attentionLines } from "../parts/lines.js";
-import { brief } from "../parts/numbers.js";
+import { brief, bytes } from "../parts/numbers.js";
 import { terms } from "../parts/terms.js";
 import { plain } from "../parts/tokens.js";
 import words from "./attention_words.js";
+
+const LONG = 512; // tokens from which a head is sent only when somebody opens it
 
 const STAGES = ["raw_scores", "scores", "masked_scores", "pattern", "weighted"];
 
@@ -22,17 +24,21 @@ export default {
       + "对角线右侧为空：没有词元能看到未来。",
   },
   words,
-  state: { stage: "pattern", hideFirst: false },
+  state: { stage: "pattern", hideFirst: false, opened: false },
 
   mount(root, app) {
     const { t } = app;
-    const grid = headGrid(app, { onpick: (layer, head) => app.set({ layer, head, cell: null }) });
+    const grid = headGrid(app, { onpick: (layer, head) => app.set({ layer, head, cell: null,
+      opened: true }) });
     const title = el("h2", { id: "head-title" });
     const stages = el("div", { class: "controls" });
     const said = el("p", { class: "stage-text" });
     const sums = el("p", { class: "facts" });
     const picture = heatmap(app, { label: t("picture"), onpick: (r, c) => pickCell(app, r, c) });
     const lines = el("div");
+    const opener = el("button", { type: "button", class: "main", hidden: true,
+      onclick: () => app.set({ opened: true }, { replace: true }) });
+    const large = el("div", { hidden: true }, stages, said, picture.root, sums);
     const origin = terms(app);
     root.append(
       el("div", { class: "two" },
@@ -40,8 +46,7 @@ export default {
           el("p", { class: "quiet" }, t("grid.what")), grid.root),
         el("section", { class: "panel", "aria-label": t("looks") }, el("h2", null, t("looks")),
           lines)),
-      el("section", { class: "panel", "aria-labelledby": "head-title" }, title, stages, said,
-        picture.root, sums),
+      el("section", { class: "panel", "aria-labelledby": "head-title" }, title, opener, large),
       origin.root);
 
     return {
@@ -50,9 +55,14 @@ export default {
         grid.show(await app.api.maps(signal), layer, head);
         title.textContent = t("opened", { layer, head });
         showStages(app, stages, state);
+        const share = (await shares(app, signal, [position, position + 1])).data;
+        const { tokens } = app.trace;
+        lines.replaceChildren(attentionLines(app, { tokens, position, shares: share }));
+        opener.hidden = state.opened || tokens.length <= LONG;
+        large.hidden = !opener.hidden;
+        opener.textContent = t("open", { size: bytes(4 * tokens.length ** 2) });
+        if (large.hidden) return;
         const pattern = await shares(app, signal);
-        lines.replaceChildren(attentionLines(app, { tokens: app.trace.tokens, position,
-          shares: pattern.row(position) }));
         const stage = STAGES.includes(state.stage) ? state.stage : "pattern";
         said.textContent = t(`say.${stage}`, { position, root: brief(Math.sqrt(
           app.model.config.head_dim)), D: app.model.config.head_dim });
@@ -66,20 +76,20 @@ export default {
 
 const nameOf = (app, short) => `blocks.${app.layer}.${short}`;
 
-/** The pattern of the opened head; with `hideFirst` without token 0, rows summing to 1 again. */
-async function shares(app, signal) {
-  const whole = await app.api.tensor(nameOf(app, "pattern"), { head: app.head }, signal);
+/** The pattern of the opened head, or some `rows`; with `hideFirst` without token 0, rows summing to
+    1 again. */
+async function shares(app, signal, rows) {
+  const whole = await app.api.tensor(nameOf(app, "pattern"), { head: app.head, rows }, signal);
   const S = whole.shape[1];
-  const row = (data) => (t) => data.subarray(t * S, (t + 1) * S);
-  if (!app.state.hideFirst) return { ...whole, row: row(whole.data) };
-  const data = whole.data.slice();
-  for (let t = 0; t < whole.shape[0]; t++) {
-    const line = data.subarray(t * S, (t + 1) * S);
+  const data = app.state.hideFirst ? whole.data.slice() : whole.data;
+  const row = (t) => data.subarray(t * S, (t + 1) * S);
+  for (let t = 0; app.state.hideFirst && t < whole.shape[0]; t++) {
+    const line = row(t);
     line[0] = 0;
     const sum = line.reduce((a, b) => a + b, 0);
     if (sum > 0) line.forEach((share, s) => { line[s] = share / sum; });
   }
-  return { shape: whole.shape, data, row: row(data) };
+  return { shape: whole.shape, data, row };
 }
 
 function showStages(app, root, state) {
