@@ -276,12 +276,10 @@ def against(explorer: Views, one: np.ndarray, two: np.ndarray) -> None:
 
 @pytest.mark.parametrize("fill", ["zero", "mean"])
 def test_switching_parts_off_and_reset(explorer: Views, fill: str):
-    explorer.open("experiments", TEXT)
+    explorer.open("experiments", TEXT, fill=fill)
     whole = explorer.logits(explorer.ids())
     against(explorer, whole, whole)
     before = explorer.found("compare"), explorer.found("lossChange")
-    with explorer.change():
-        explorer.page.get_by_label("In its place").select_option(fill)
     for part in ("1.mlp", "0.h2"):
         explorer.press(f'[data-part="{part}"]')
     off = explorer.logits(explorer.ids(), without(["1.mlp", "0.h2"], explorer.model.config, fill))  # type: ignore[arg-type]
@@ -319,7 +317,8 @@ def test_a_text_patched_with_itself_stays_as_it_is(explorer: Views):
         if index.isdecimal():
             assert float(cell["a"]) == pytest.approx(float(cell["b"]), abs=1e-6)
     assert explorer.values("compare")["kl"] == pytest.approx(0, abs=1e-6)
-    assert not any(explorer.values("patch_map").values())
+    moved = explorer.values("patch_map").values()
+    assert max(map(abs, moved)) < 1e-5  # other sums are rounded in a batch
 
 
 def test_texts_of_other_lengths_are_compared_but_not_patched(modern: Views):

@@ -13,7 +13,8 @@ export function attributionPanel(app) {
   const { t } = app;
   const tools = el("div", { class: "controls" });
   const list = bars(app, { label: t("attribution"), heading: [t("part"), t("value")] });
-  const map = el("div", { class: "scroll" });
+  const map = el("div", { class: "scroll", tabindex: "0", role: "group",
+    "aria-label": t("allParts") });
   const root = el("section", { class: "panel attribution", "aria-label": t("attribution") },
     el("h2", null, t("attribution")), el("p", { class: "aside" }, t("attributionNote")), tools,
     list.root, el("h3", null, t("allParts")), map,

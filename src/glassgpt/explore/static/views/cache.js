@@ -33,7 +33,8 @@ export default {
     const table = el("table", { class: "steps" });
     const sums = el("section", { class: "panel", "aria-label": t("bytes") });
     root.append(el("section", { class: "panel", "aria-label": t("steps") }, buttons, facts,
-      legend(app), el("div", { class: "scroll tall" }, table)), sums);
+      legend(app), el("div", { class: "scroll tall", tabindex: "0", role: "group",
+      "aria-label": t("steps") }, table)), sums);
 
     async function step(n) {
       if (busy) return;

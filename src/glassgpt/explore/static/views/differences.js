@@ -13,7 +13,8 @@ export function differences(app) {
   const losses = el("div", { class: "loss-changes" });
   const root = el("section", { class: "panel", "aria-label": t("result") },
     el("h2", null, t("result")), facts, el("h3", null, t("next")),
-    el("div", { class: "scroll tall" }, next), losses);
+    el("div", { class: "scroll tall", tabindex: "0", role: "group", "aria-label": t("next") }, next),
+    losses);
 
   return {
     root,

@@ -8,13 +8,15 @@ import { brief } from "../parts/numbers.js";
 import { plain, visible } from "../parts/tokens.js";
 
 const AT_ONCE = 32; // tokens for which it is computed without being asked
+const ROUNDING = 1e-4; // differences below it are no finding, and get no colour
 const NAMES = ["resid_post", "attn_out", "mlp_out"];
 
 export function patchMap(app) {
   const { t } = app;
   const tools = el("div", { class: "controls" });
   const table = el("table", { class: "parts-map" });
-  const frame = el("div", { class: "scroll" }, table);
+  const frame = el("div", { class: "scroll", tabindex: "0", role: "group",
+    "aria-label": t("map") }, table);
   const root = el("section", { class: "panel", "aria-label": t("map"), hidden: true },
     el("h2", null, t("map")), el("p", { class: "aside" }, t("mapNote")), tools, frame);
   let name = NAMES[0];
@@ -73,7 +75,7 @@ function likely(first, then) {
 
 function cells(app, here, there, [layers, T], data) {
   const { t } = app;
-  const largest = data.reduce((most, value) => Math.max(most, Math.abs(value)), 1e-30);
+  const largest = data.reduce((most, value) => Math.max(most, Math.abs(value)), ROUNDING);
   const same = (i) => here[i].id === there[i].id;
   const head = here.map((token, i) => el("th", { scope: "col", class: same(i) ? null : "now" },
     visible(token), !same(i) && [el("br"), visible(there[i])]));
