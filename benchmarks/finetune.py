@@ -7,9 +7,10 @@
 
 transfer: a model that a minute has taught the Python manual is finetuned on another text, all of
 its weights and by adapters, in a quarter of the steps that a new one of the same shape is trained
-for. chat: it is finetuned on generated questions about invented people, and asked what it knows in
-words that no training question had. memory: the peak of full finetuning at 124M parameters (random
-weights) and of adapters. labels: which of two books is a line from? Results: results/finetune.json.
+for; on the text's first 50,000 characters, and on all of it. chat: it is finetuned on generated
+questions about invented people, and asked what it knows in words that no training question had.
+memory: the peak of full finetuning at 124M parameters (random weights) and of adapters. labels:
+which of two books is a line from? Results: results/finetune.json.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.numpy import load_file
 
 import glassgpt
 from glassgpt.checkpoint import Checkpoint, save_model
@@ -40,7 +42,6 @@ def main() -> None:
     parser.add_argument("what", choices=["transfer", "chat", "memory", "labels"])
     parser.add_argument("--data", type=Path, help="a text, such as tiny Shakespeare")
     parser.add_argument("--other", type=Path, help="another one, for labels")
-    parser.add_argument("--steps", type=int, default=1000, help="transfer: of training anew")
     parser.add_argument("--work", type=Path, help="folder for runs, kept")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
@@ -74,24 +75,37 @@ def base_model(work: Path, *options: Any) -> Path:
 
 
 def transfer(options: argparse.Namespace, work: Path) -> dict[str, Any]:
-    base = base_model(work)
-    shape = facts_of(base)["model"]
+    """On little text, as people have of their own, and on all of the book; in both cases judged by
+    the last tenth of the book. Everything that is not named is what the verbs choose."""
+    base = base_model(work, "--n-layer", 2, "--n-head", 4, "--n-embd", 256)
+    text = options.data.read_text(encoding="utf-8")
+    last_tenth, book = work / "last-tenth.txt", text[: len(text) * 9 // 10]
+    last_tenth.write_text(text[len(book) :], encoding="utf-8")
+    found: dict[str, Any] = {"shape": "2x256", "base_steps": facts_of(base)["step"]}
+    for name, characters, steps in (("little", 50_000, 1200), ("all", len(book), 400)):
+        data = work / f"{name}.txt"
+        data.write_text(book[:characters], encoding="utf-8")
+        found[name] = {"characters": characters, **_compare(base, data, last_tenth, work, steps)}
+    return found
+
+
+def _compare(base: Path, data: Path, val: Path, work: Path, steps: int) -> dict[str, Any]:
+    shape, quarter = facts_of(base)["model"], steps // 4
     same = [f"--{name.replace('_', '-')}={shape[name]}"
             for name in ("n_layer", "n_head", "n_embd", "context_length")]  # fmt: skip
-    steps, quarter = options.steps, options.steps // 4
-    common = ["--batch-tokens", 2048, "--eval-interval", max(1, quarter // 5), "--overwrite"]
-    trained = facts_of(base)["train"]
-    rates = [f"--{name.replace('_', '-')}={trained[name]}"
-             for name in ("learning_rate", "muon_learning_rate", "schedule")]  # fmt: skip
-    scratch, full, lora = (work / name for name in ("scratch", "full", "lora"))
-    glass("train", options.data, "--tokenizer", base, *same, *rates, *common, "--max-steps", steps,
-          "--min-learning-rate", 0, "--out", scratch)  # fmt: skip
-    glass("finetune", base, options.data, *common, "--max-steps", quarter, "--out", full)
-    glass("finetune", base, options.data, *common, "--max-steps", quarter, "--lora-rank", 8,
-          "--out", lora)  # fmt: skip
-    losses = {run.name: round(facts_of(run)["best_val_loss"], 4) for run in (scratch, full, lora)}
-    return {"shape": f"{shape['n_layer']}x{shape['n_embd']}", "steps": steps, "quarter": quarter,
-            "val_loss": losses}  # fmt: skip
+    common = ["--val", val, "--batch-tokens", 1024, "--optimizer", "adamw", "--sample-tokens", 0,
+              "--eval-interval", quarter // 10, "--overwrite"]  # fmt: skip
+    runs = {name: work / f"{data.stem}-{name}" for name in ("scratch", "full", "lora")}
+    glass("train", data, "--tokenizer", base, *same, *common, "--max-steps", steps,
+          "--out", runs["scratch"])  # fmt: skip
+    glass("finetune", base, data, *common, "--max-steps", quarter, "--out", runs["full"])
+    glass("finetune", base, data, *common, "--max-steps", quarter, "--lora-rank", 8,
+          "--out", runs["lora"])  # fmt: skip
+    losses = {name: round(facts_of(run)["best_val_loss"], 4) for name, run in runs.items()}
+    adapter = load_file(runs["lora"] / "adapter" / "adapter_model.safetensors")
+    share = sum(tensor.size for tensor in adapter.values()) / facts_of(base)["parameters"]
+    return {"steps": steps, "quarter": quarter, "val_loss": losses,
+            "share_learned_by_lora": round(share, 4)}  # fmt: skip
 
 
 # -- conversations -------------------------------------------------------------------------------

@@ -83,23 +83,24 @@ GPT2_OPTIONS: dict[str, Any] = dict(
     shape="gpt2",
     n_layer=size(4, 2),
     n_head=4,
-    n_embd=size(96, 32),
+    n_embd=size(96, 64),
     context_length=size(64, 32),
     batch_tokens=size(1024, 512),
-    max_steps=size(1500, 150),
+    max_steps=size(1500, 400),
     warmup_steps=size(100, 20),
-    eval_interval=size(500, 50),
+    eval_interval=size(500, 100),
     eval_batches=size(None, 8),
 )
 
 
-def gpt2_run() -> Path:
-    """The run directory of rung 6's GPT-2, which is trained now if that was not done yet."""
+def gpt2_run(anew: bool = False) -> Path:
+    """The run directory of rung 6's GPT-2, which is trained now if that was not done yet, or
+    `anew`."""
     import glassgpt
 
     size_and_text = f"{'small' if SMALL else 'full'}-{Path(text_name()).stem}"
     run = cache_dir() / "lessons" / f"gpt2-{size_and_text}"
-    if not (run / "report.md").exists():
+    if anew or not (run / "report.md").exists():
         glassgpt.train(text_name(), out=run, overwrite=run.exists(), **GPT2_OPTIONS)
     return run
 
@@ -204,13 +205,14 @@ def difference(before: Any, after: Any, context: int = 99) -> None:
 def plain_figures() -> None:
     """One look for all figures, small enough for a notebook."""
     import matplotlib.pyplot as plt
+    from cycler import cycler
 
     plt.rcParams.update(
         {
             "figure.dpi": 80,
             "figure.figsize": (7, 4),
             "figure.constrained_layout.use": True,
-            "axes.prop_cycle": plt.cycler(color=COLOURS),
+            "axes.prop_cycle": cycler(color=COLOURS),
             "axes.grid": True,
             "axes.spines.top": False,
             "axes.spines.right": False,

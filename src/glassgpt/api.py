@@ -28,6 +28,7 @@ from glassgpt.tokenizer import Tokenizer, unknown_note
 
 if TYPE_CHECKING:
     from glassgpt.model import GPT
+    from glassgpt.trace import Trace
 
 
 Prompt = str | Sequence[int]
@@ -149,6 +150,20 @@ class LoadedModel:
         piece = self.generate(ids, **options)
         assert isinstance(piece, Piece)
         return piece.text
+
+    def trace(self, prompt: Prompt, *, off: Sequence[str] = ()) -> Trace:
+        """What the model computes while it reads a text: every activation by name, as arrays.
+
+        m.trace("To be")["blocks.0.pattern"] is (1, H, T, T). `off`: parts to switch off, "3.h2".
+        Raises `UserError` for an empty text, and for one that is longer than the context.
+        """
+        import torch
+
+        from glassgpt.lens import without
+        from glassgpt.trace import record
+
+        ids = torch.tensor([self.encode_prompt(prompt)], device=self.model.head.weight.device)
+        return record(self.model, ids, edits=without(off, self.config), loss=True)
 
     def classify(self, texts: str | Sequence[str]) -> list[dict[str, float]]:
         """For each text (or the one) the probability of every label, most likely first.

@@ -307,4 +307,7 @@ def read_message(read: Callable[[str], str]) -> str:
         except EOFError:  # what is there counts
             break
     text = "\n".join(lines)
-    return text.rstrip().removesuffix('"""').strip("\n") if quoted else text
+    if not quoted:
+        return text
+    text = text.rstrip().removesuffix('"""').strip("\n")
+    return " " * text.startswith("/") + text  # what stands in quotes is no command

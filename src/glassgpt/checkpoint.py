@@ -11,8 +11,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import json
+import math
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -37,6 +40,9 @@ from glassgpt.version import __version__
 
 SCHEMA_VERSION = 1
 LAST = Path("checkpoints") / "last"
+_LOOKED_AT = 4096  # numbers of a tensor, for a fingerprint
+SNAPSHOT = re.compile(r"\d{6,}")  # the step, with zeros before it: the shell sorts them as we do
+UNFINISHED = ".next"
 
 
 @dataclass
@@ -60,11 +66,27 @@ def require_language_model(checkpoint: Checkpoint, name: str | Path = "this mode
     return checkpoint
 
 
+def fingerprint(checkpoint: Checkpoint) -> str:
+    """16 hex digits that change when the weights do: of each tensor some numbers are looked at,
+    since training moves all of them."""
+    digest = hashlib.sha256()
+    for name in sorted(checkpoint.weights):
+        weight = checkpoint.weights[name]
+        some = weight.reshape(-1)[:: max(1, weight.size // _LOOKED_AT)]
+        digest.update(f"{name} {weight.shape}".encode() + some.astype("<f4").tobytes())
+    return digest.hexdigest()[:16]
+
+
 # -- files ---------------------------------------------------------------------------------------
 
 
 def write_json(path: Path, value: Any) -> None:
     write_file(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def finite_or_none(value: float) -> float | None:
+    """JSON has no infinity."""
+    return value if math.isfinite(value) else None
 
 
 def read_json(path: Path) -> Any:
@@ -227,12 +249,18 @@ def save_adapter(
     alpha: float,
     dropout: float,
     base: str,
+    tokenizer_files: Mapping[str, bytes] = {},
 ) -> None:
-    """Write a LoRA adapter (`lora.adapter_tensors`) of the model `base`; PEFT loads the folder."""
+    """Write a LoRA adapter (`lora.adapter_tensors`) of the model `base`; PEFT loads the folder.
+
+    `tokenizer_files` (`tokenizer.to_files`): where it learned a chat template that the base lacks.
+    """
     folder = Path(folder)
     with explain_os_errors(f"write {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
     about, tensors = to_peft(config, tensors, alpha=alpha, dropout=dropout, base=base)
+    for name, content in tokenizer_files.items():
+        write_file(folder / name, content)
     write_tensors(folder / "adapter_model.safetensors", tensors)
     write_json(folder / "adapter_config.json", about)
 
@@ -252,12 +280,14 @@ def base_of(folder: Path) -> str:
 
 
 def with_adapter(base: Checkpoint, folder: Path) -> Checkpoint:
-    """`base` with the adapter in `folder` added into its weights, as they are asked for."""
+    """`base` with the adapter in `folder` added into its weights, as they are asked for, and with
+    the chat template that stands beside it."""
     about = read_json(folder / "adapter_config.json")
     tensors = SafeTensors([folder / "adapter_model.safetensors"])
     weights = apply_adapter(base.config, base.weights, about, tensors, str(folder))
     info = {"source": f"the adapter {folder} of {about.get('base_model_name_or_path')}"}
-    return dataclasses.replace(base, weights=weights, info=info)
+    template = _chat_template(folder, base.tokenizer) or base.chat_template
+    return dataclasses.replace(base, weights=weights, info=info, chat_template=template)
 
 
 # -- what resuming needs -------------------------------------------------------------------------
@@ -318,4 +348,41 @@ def load_training(
 
 def _training_folders(run: Path) -> tuple[Path, Path, Path]:
     """The current one, the one being written, the one being replaced; in order of trust."""
-    return run / LAST, run / "checkpoints" / ".next", run / "checkpoints" / ".previous"
+    return run / LAST, run / "checkpoints" / UNFINISHED, run / "checkpoints" / ".previous"
+
+
+# -- the model on its way ------------------------------------------------------------------------
+
+
+def snapshots(run: str | Path) -> dict[int, Path]:
+    """Step -> the folder with the model of that step, which `load_model` takes; in order.
+
+    Those that are being written or deleted have another name.
+    """
+    folder = Path(run) / "snapshots"
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    steps = sorted(int(name) for name in names if SNAPSHOT.fullmatch(name))
+    return {step: folder / f"{step:06}" for step in steps}
+
+
+def save_snapshot(run: Path, step: int, checkpoint: Checkpoint) -> None:
+    """Keep the model of this step for good; once is enough."""
+    if step in snapshots(run):
+        return
+    folder = run / "snapshots"
+    try:
+        save_model(folder / UNFINISHED, checkpoint)
+        with explain_os_errors(f"write {folder}"):
+            os.replace(folder / UNFINISHED, folder / f"{step:06}")
+    finally:  # a disk that is full has room for other things again
+        shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
+
+
+def rewind_snapshots(run: Path, step: int) -> None:
+    """Forget the models that came after `step`: those steps will be done again."""
+    unfinished = run / "snapshots" / UNFINISHED
+    with explain_os_errors(f"write {run}"):
+        for folder in [path for after, path in snapshots(run).items() if after > step]:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            os.replace(folder, unfinished)
+        shutil.rmtree(unfinished, ignore_errors=True)

@@ -24,14 +24,19 @@ VERBS = {
     "sample": "Let a trained model continue a prompt; prints the prompt and what follows.",
     "chat": "Talk with a model finetuned on conversations; a base model continues your text.",
     "eval": "Measure how well a model predicts a text, and what quantised weights cost.",
+    "plot": "Draw the losses of runs, or what is inside a model: embeddings and attention.",
+    "trace": "Look into one forward pass: every operation with its shapes, and what it means.",
     "export": "Write a model for other programs: llama.cpp, ONNX Runtime, nanoGPT, or NumPy alone.",
+    "explore": "See inside a model in the browser: every number, and where it comes from.",
     "bench": "Measure how fast a model generates or trains here, and where the time goes.",
 }
-_LEARN = {"demo", "prepare", "train", "finetune", "plan"}  # in verbs/learn.py; the rest in use.py
+_LEARN = {"demo", "prepare", "train", "finetune", "plan"}  # in verbs/learn.py
+_SEE = {"plot", "trace", "explore"}  # in verbs/see.py; the rest in verbs/use.py
 
 
 def module_of(verb: str) -> str:
-    return f"glassgpt.verbs.{'learn' if verb in _LEARN else 'use'}"
+    room = "learn" if verb in _LEARN else "see" if verb in _SEE else "use"
+    return f"glassgpt.verbs.{room}"
 
 
 def make_app(arguments: list[str]) -> App:

@@ -10,6 +10,7 @@ before. This room knows seconds and steps, no model and no file.
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections import deque
@@ -32,6 +33,7 @@ class Clock:
         self.budget = None if config.budget is None else seconds_of(config.budget)
         self.steps: deque[float] = deque(maxlen=25)  # seconds of the latest
         self.evaluation_seconds = self.saving_seconds = self.sampling_seconds = 0.0
+        self.snapshot_seconds = 0.0
         self.speed = self.before = 0.0  # of a step, when the evaluation was measured; earlier
         self.evaluated = self.saved = self.elapsed()
 
@@ -57,6 +59,9 @@ class Clock:
     def saw_sampling(self, seconds: float) -> None:
         self.sampling_seconds = seconds
 
+    def saw_snapshot(self, seconds: float) -> None:
+        self.snapshot_seconds = seconds
+
     # -- what follows from it --------------------------------------------------------------------
 
     @property
@@ -74,6 +79,8 @@ class Clock:
         assert self.budget is not None
         slower = self.step_seconds / self.speed if self.speed else 1.0
         known = _SAFETY * self.evaluation_seconds + 2 * self.saving_seconds + self.sampling_seconds
+        if self.config.snapshots:  # the last one; of an adapter's model, it is more than it saves
+            known += max(self.saving_seconds, self.snapshot_seconds)
         after = known * min(_SLOWER, max(1 / _SLOWER, slower)) + _FINISHING
         return max(self.budget - after, self.budget / 2)
 
@@ -109,6 +116,19 @@ class Clock:
             return bool(interval) and step % interval == 0
         pause = max(self.budget / 20, 10.0, 30 * self.saving_seconds)
         return self.elapsed() - self.saved >= pause
+
+    def snapshot_is_due(self, step: int) -> bool:
+        """At powers of the square root of two: a model learns most in its first steps."""
+        if not self.config.snapshots or step == 0:
+            return self.config.snapshots
+        return step == round(2 ** (round(2 * math.log2(step)) / 2))
+
+    def writing_is_due(self, step: int) -> bool:
+        """Will numbers or weights be written after this step, as far as steps say so?"""
+        config = self.config
+        intervals = (config.log_interval, config.eval_interval, config.checkpoint_interval)
+        counted = any(n and step % n == 0 for n in intervals)
+        return counted or step == config.max_steps or self.snapshot_is_due(step)
 
     def left(self, step: int) -> float:
         """Seconds until the end."""

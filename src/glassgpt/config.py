@@ -308,6 +308,11 @@ class TrainConfig:
     ] = None
     patience: Annotated[int | None, "stop after this many evaluations without a new best"] = None
     checkpoint_interval: Annotated[int | None, "steps between checkpoints [eval_interval]"] = None
+    snapshots: Annotated[
+        bool,
+        "keep the model of steps 0, 1, 2, 3, 4, 6, 8, 11, 16 ... and the last in OUT/snapshots, "
+        "to see how it learned; each takes a model's room on the disk",
+    ] = False
     sample_prompt: Annotated[str | None, "prompt of the samples [a line break]"] = None
     sample_tokens: Annotated[int, "length of the samples drawn at evaluations (0: none)"] = 200
     log_interval: Annotated[int, "steps between lines of metrics.jsonl"] = 10
@@ -390,7 +395,7 @@ class FinetuneConfig:
     lora_rank: Annotated[int | None, "train low-rank adapters instead of the weights"] = None
     lora_alpha: Annotated[float | None, "their scale, divided by the rank [twice the rank]"] = None
     lora_targets: Annotated[
-        tuple[str, ...], "adapted matrices: qkv, out, gate, up, down [all]"
+        tuple[str, ...], "adapted matrix: qkv, out, gate, up, down (may be repeated) [all]"
     ] = ()
     lora_dropout: Annotated[float, "share of an adapter's inputs that is dropped"] = 0.0
     base_weights: Annotated[

@@ -9,8 +9,9 @@ It knows no model and no optimizer.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,7 @@ def open_lesson(
         examples = Examples("text")
     else:
         examples = read_examples(given["data"], format=job.format, **fields)
+    _check_options(given, job, examples.format)
     keep = None
     if job.keep is not None:
         keep = _text(given | {"data": (job.keep,), "val": None}, base, machine, progress)
@@ -85,10 +87,25 @@ def open_lesson(
         if lesson.kind == "labels":
             raise UserError("--keep watches a language model; a classifier is none any more")
         lesson.data.keep = keep.val
+        lesson.data.fingerprint += f"+{keep.fingerprint}"
         if job.replay:
             lesson.data.train = Replay(lesson.data.train, keep.train, job.replay,
                                        packed=lesson.data.packed)  # fmt: skip
     return lesson
+
+
+_FOR = {"conversations": ("template", "loss_on"), "labels": ("class_weights",)}
+
+
+def _check_options(given: dict[str, Any], job: FinetuneConfig, format: str) -> None:
+    """What the data can't follow is refused, lest somebody believes that it was done."""
+    kind = format if format in ("text", "labels") else "conversations"
+    for meant, names in _FOR.items():
+        for name in names:
+            if meant != kind and getattr(job, name) != getattr(FinetuneConfig, name):
+                raise UserError(f"{name} is for {meant}, and the data hold {kind}; leave it out")
+    if kind != "text" and given.get("max_tokens") is not None:
+        raise UserError(f"max_tokens is for text, and the data hold {kind}; leave it out")
 
 
 def _text(
@@ -137,19 +154,22 @@ def _chat_lesson(
 ) -> Lesson:
     chat = Chat(*choose_template(job.template, base))
     rows, counted = encode_all(chat, train, T, job.loss_on)
-    val_rows, _ = encode_all(chat, val, T, job.loss_on)
+    val_rows, judged = encode_all(chat, val, T, job.loss_on)
     for what, some in (("to learn from", rows), ("to judge by", val_rows)):
         if not some:
             raise UserError(f"{given['data'][0]}: no example {what} fits into {T} tokens and has "
                             "words to learn; raise --context-length, or see --loss-on")  # fmt: skip
-    out = counted.left_out + counted.nothing_learned
     report = [
         f"data: {examples.format}, {len(train):,} conversations, {counted.turns:,} turns, "
         f"such as {chat.tokenizer.decode(rows[0][0].tolist())[:60]!r}",
         f"      {counted.tokens:,} tokens, {counted.learned / max(1, counted.tokens):.0%} of them "
         f"with loss; the longest has {counted.longest:,} of {T:,} that fit",
-        f"      {counted.cut:,} cut at a turn, {out:,} left out; {_repeated(train, val)}",
+        f"      {counted.cut:,} longer than that, cut between turns; {counted.left_out:,} "
+        f"exchanges left out, too long alone; nothing to learn in {counted.nothing_learned:,} "
+        f"conversations (and in {judged.nothing_learned:,} to judge by)",
+        f"      {_repeated(train, val)}",
         *_left_out(examples),
+        *_unknown(chat.tokenizer, (turn.content for item in train for turn in item.turns)),
     ]
     data = _packed(given, rows, val_rows, T, chat.tokenizer)
     return Lesson(data, "conversations", report, chat, val[:3])
@@ -177,11 +197,18 @@ def _label_lesson(
             raise UserError(f"{item.where}: the label {item.label!r} is none of those to learn: "
                             f"{', '.join(map(repr, labels[:10]))}")  # fmt: skip
 
+    n_cut: list[int] = []  # texts to learn from, and to judge by
+
     def rows(items: list[Labelled]) -> list[tuple[np.ndarray, np.ndarray]]:
-        encoded = ((np.array(encode_text(tokenizer, item.text, T)), index[item.label])
-                   for item in items)  # fmt: skip
-        return [(ids, np.append(np.full(len(ids) - 1, IGNORE), label))
-                for ids, label in encoded if len(ids)]  # fmt: skip
+        found, lengths = [], []
+        for item in items:
+            ids = encode_text(tokenizer, item.text)
+            lengths.append(len(ids))
+            if kept := ids[:T]:  # without a character that the model knows there is none
+                targets = np.append(np.full(len(kept) - 1, IGNORE), index[item.label])
+                found.append((np.array(kept), targets))
+        n_cut.append(sum(length > T for length in lengths))
+        return found
 
     train_rows, val_rows = rows(train), rows(val)
     if not train_rows or not val_rows:
@@ -190,11 +217,12 @@ def _label_lesson(
     longest = max(len(ids) for ids, _ in train_rows)
     shown = ", ".join(f"{label} {n:,}" for label, n in zip(labels[:10], counts, strict=False))
     report = [
-        f"data: {len(train):,} texts with {len(labels)} labels: {shown}",
+        f"data: {len(train_rows):,} texts with {len(labels)} labels: {shown}",
         f"      {sum(len(ids) for ids, _ in train_rows):,} tokens; the longest has {longest:,} of "
-        f"{T:,} that fit, {sum(len(ids) == T for ids, _ in train_rows):,} may be cut",
+        f"{T:,} that fit; {n_cut[0]:,} longer than that are cut (and {n_cut[1]:,} to judge by)",
         f"      {_repeated(train, val)}",
         *_left_out(examples),
+        *_unknown(tokenizer, (item.text for item in train)),
     ]
     data = _packed(given, train_rows, val_rows, T, tokenizer)
     return Lesson(data, "labels", report, labels=labels, counts=counts)
@@ -213,6 +241,11 @@ def _left_out(examples: Examples) -> list[str]:
     reasons = [f"{why}: {n:,}" for why, n in examples.left_out.items()]
     lines = [f"      left out before: {', '.join(reasons)}"] if reasons else []
     return lines + [f"      skipped {each}" for each in examples.skipped[:5]]
+
+
+def _unknown(tokenizer: Tokenizer, texts: Iterable[str]) -> list[str]:
+    note = unknown_note(tokenizer, "".join(dict.fromkeys(chain.from_iterable(texts))))
+    return [f"note: {note}"] if note else []
 
 
 def _repeated(train: list, val: list) -> str:

@@ -30,7 +30,7 @@ from glassgpt.plot import confusion
 from glassgpt.runtime import to_device
 from glassgpt.tasks import TextTask
 from glassgpt.tensors import Lazy
-from glassgpt.tokenizer import Tokenizer
+from glassgpt.tokenizer import Tokenizer, to_files
 
 
 class FinetuneTask(TextTask):
@@ -47,16 +47,36 @@ class FinetuneTask(TextTask):
         base_name: str,
         layer_decay: float = 1.0,
         lora: LoRA | None = None,
+        pretraining: dict[str, Any] | None = None,
     ) -> None:
+        """`pretraining`: how the base learned at first, for whoever finetunes the result."""
         super().__init__(tokenizer, config)
+        self.pretraining = pretraining or {}
+        self.base_fingerprint = None if lora is None else ckpt.fingerprint(base)
         self.base_name, self.lora, self.layer_decay = base_name, lora, layer_decay
         self.chat_template, self.ends = base.chat_template, base.ends
+        self.n_new = tokenizer.vocab_size - base.tokenizer.vocab_size
         self.dropout = 0.0 if lora is None else lora.dropout
 
     def checkpoint(self, model: GPT, info: dict[str, Any]) -> ckpt.Checkpoint:
         """Adapters are added to the weights that they belong to: any program can load the sum."""
+        info = info | {"pretraining": self.pretraining}
         return ckpt.Checkpoint(model.config, merged_weights(model), self.tokenizer, info,
                                self.chat_template, self.ends)  # fmt: skip
+
+    def state(self) -> dict[str, Any]:
+        return super().state() | {"base": self.base_fingerprint}
+
+    def beside(self, model: GPT) -> str | None:
+        """What people should know of the adapter, or of tokens that can't be learned."""
+        if self.lora is not None and not _is_adapter_alone(model):
+            return ("note: the head learns as well (new tokens or classes), which is more than an "
+                    "adapter: only the merged model is kept")  # fmt: skip
+        frozen = not model.token_embedding.weight.requires_grad
+        if self.lora is None and frozen and self.n_new:
+            return (f"note: the embeddings are frozen, so the template's {self.n_new} new tokens "
+                    "stay what they are: the mean of the others")  # fmt: skip
+        return None
 
     def to_resume(
         self, model: GPT, info: dict[str, Any]
@@ -79,12 +99,22 @@ class FinetuneTask(TextTask):
 
     def save(self, folder: Path, model: GPT, info: dict[str, Any]) -> None:
         super().save(folder, model, info)
-        if self.lora is not None and not any(
-            p.requires_grad for p in (*model.token_embedding.parameters(), *model.head.parameters())
-        ):  # else it is more than an adapter for the base as it was
+        if self.lora is not None and _is_adapter_alone(model):
             tensors = adapter_tensors(model)
+            files, template = {}, self.chat_template
+            if template is not None:
+                files = to_files(
+                    self.tokenizer, model.config.context_length, chat_template=template
+                )
             ckpt.save_adapter(folder / "adapter", model.config, tensors, alpha=self.lora.alpha,
-                              dropout=self.lora.dropout, base=self.base_name)  # fmt: skip
+                              dropout=self.lora.dropout, base=self.base_name,
+                              tokenizer_files=files)  # fmt: skip
+
+
+def _is_adapter_alone(model: GPT) -> bool:
+    """Else what was learned is more than an adapter for the base as it was."""
+    return not any(p.requires_grad for part in (model.token_embedding, model.head)
+                   for p in part.parameters())  # fmt: skip
 
 
 class ChatTask(FinetuneTask):
@@ -122,6 +152,7 @@ class LabelTask(FinetuneTask):
     """The label of a text: it shows how many it gets right."""
 
     try_next = 'sample {run} --text "What is this?"'
+    per = "text"
 
     def __init__(
         self,

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from glassgpt import runtime
-from glassgpt.checkpoint import Checkpoint
+from glassgpt.checkpoint import Checkpoint, fingerprint
 from glassgpt.classify import class_weights, set_score_head
 from glassgpt.config import ENDLESS, FinetuneConfig, ModelConfig, TrainConfig
 from glassgpt.errors import UserError, explain_os_errors
@@ -93,6 +93,8 @@ def finetune(
         held.callback(torch.set_num_threads, torch.get_num_threads())  # the caller's
         machine = runtime.start(split_options(given)[2])
         held.callback(runtime.stop)
+        if saved and saved[0] is None:
+            _check_same_base(model_base, saved[2], given["init_from"], resume)
         lesson = open_lesson(given, job, model_base, machine, progress)
         if saved is None:
             given = _complete(given, job, model_base, lesson, machine)
@@ -124,6 +126,15 @@ def _check_resumable(
     check_resumable(given, run, overwrite, base)
 
 
+def _check_same_base(
+    base: Checkpoint, state: dict[str, Any], name: str, run: str | Path | None
+) -> None:
+    """An adapter is a correction to certain weights, and means nothing beside others."""
+    if state.get("base") not in (None, fingerprint(base)):  # older runs don't know theirs
+        raise UserError(f"{name} has changed since {run} was started, and its adapter belongs to "
+                        "the old weights; bring them back, or start anew")  # fmt: skip
+
+
 # -- how -----------------------------------------------------------------------------------------
 
 
@@ -135,7 +146,7 @@ def _complete(
     machine: runtime.Machine,
 ) -> dict[str, Any]:
     """`given`, with what follows from the base and the data where nobody said otherwise."""
-    theirs = base.info.get("train", _UNKNOWN_BASE)
+    theirs = _pretraining(base)
     usual, wanted = TrainConfig(), {"optimizer": theirs.get("optimizer", "adamw")}
     gentle = _GENTLE if job.lora_rank is None else 1.0  # an adapter begins at nothing
     for name in ("learning_rate", "muon_learning_rate"):
@@ -154,6 +165,18 @@ def _complete(
     wanted |= {"batch_tokens": batch_tokens, "max_steps": steps, "patience": _PATIENCE}
     wanted |= {"warmup_steps": min(100, pace // 10), "eval_interval": max(1, pace // 10)}
     return wanted | given
+
+
+def _pretraining(base: Checkpoint) -> dict[str, Any]:
+    """Optimizer and learning rates by which the base learned from nothing, as far as is known.
+
+    A rate that was made gentle once is not made gentler with every finetuning that follows.
+    """
+    info = base.info
+    theirs = info.get("pretraining") or info.get("train", _UNKNOWN_BASE)
+    begun = "pretraining" not in info and (info.get("options") or {}).get("init_from")
+    names = ("optimizer",) if begun else ("optimizer", "learning_rate", "muon_learning_rate")
+    return {name: theirs[name] for name in names if name in theirs}
 
 
 def _make_trainer(
@@ -184,6 +207,8 @@ def _make_trainer(
         trainer = Trainer(run, model, config, lesson.data, machine, progress, given, task=task,
                           began=began)  # fmt: skip
     progress.say(_what_learns(model))
+    if note := task.beside(model):
+        progress.say(note)
     if saved is not None:
         trainer.restore(*saved)
     elif machine.is_main:
@@ -277,7 +302,7 @@ def _task(
 ) -> FinetuneTask:
     common: dict[str, Any] = dict(
         tokenizer=lesson.data.tokenizer, config=config, base=base, base_name=given["init_from"],
-        layer_decay=job.layer_decay, lora=lora,
+        layer_decay=job.layer_decay, lora=lora, pretraining=_pretraining(base),
     )  # fmt: skip
     if lesson.kind == "conversations":
         assert lesson.chat is not None

@@ -237,7 +237,8 @@ def complete(
     return [Piece(i, texts[prompt, i], reasons[prompt, i], prompt) for prompt, i in wanted]
 
 
-def _first_tokens(tokenizer: Tokenizer) -> list[int]:
+def first_tokens(tokenizer: Tokenizer) -> list[int]:
+    """What a text begins with when nothing else is given."""
     if tokenizer.end_of_text is not None:
         return [tokenizer.end_of_text]
     return tokenizer.encode("\n")
@@ -279,7 +280,7 @@ class _Row:
         ends: Collection[int],
     ) -> None:
         self.number, self.prompt, self.sample, self.how = number, prompt, sample, how
-        self.tokens = list(tokens) or _first_tokens(tokenizer)
+        self.tokens = list(tokens) or first_tokens(tokenizer)
         self.seen = set(tokens)  # what the repetition penalty lowers: not the token before a text
         self.length = 0  # how many tokens the engine's row holds; it slides when they are too many
         self.vocab_size = tokenizer.vocab_size

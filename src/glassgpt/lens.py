@@ -88,19 +88,28 @@ def attribution(
 
 def _written(model: GPT, trace: Trace, position: int) -> Iterator[tuple[str, torch.Tensor]]:
     """Everything that was added to the stream at a position of the first text, (C,) each."""
-    config = model.config
+    config, edits = model.config, trace.edits
     yield "token_embedding", trace.tensor("token_embedding")[0, position]
     if config.position == "learned":
         yield "position_embedding", trace.tensor("position_embedding")[position]
     for i, block in enumerate(model.blocks):
+        name = f"blocks.{i}"
         out: torch.nn.Linear = block.attn.out  # type: ignore[assignment,union-attr]
-        heads = trace.tensor(f"blocks.{i}.head_out")[0, :, position].double()  # (H, D)
+        heads = trace.tensor(f"{name}.head_out")[0, :, position].double()  # (H, D)
         weights = out.weight.double().view(-1, config.n_head, config.head_dim)  # (C, H, D)
-        for h, vector in enumerate(torch.einsum("hd,chd->hc", heads, weights)):
-            yield f"{i}.h{h}", vector
-        if out.bias is not None:
-            yield f"{i}.attn bias", out.bias
-        yield f"{i}.mlp", trace.tensor(f"blocks.{i}.mlp_out")[0, position]
+        written = [
+            (f"{i}.h{h}", vector)
+            for h, vector in enumerate(torch.einsum("hd,chd->hc", heads, weights))
+        ]
+        written += [] if out.bias is None else [(f"{i}.attn bias", out.bias)]
+        if f"{name}.attn_out" in edits:
+            written = []  # whatever the heads gave, something else took its place
+        written.append((f"{i}.mlp", trace.tensor(f"{name}.mlp_out")[0, position]))
+        yield from written
+        if edits.keys() & {f"{name}.attn_out", f"{name}.resid_mid", f"{name}.resid_post"}:
+            before, after = (trace.tensor(f"{name}.{x}")[0, position].double()
+                             for x in ("resid_pre", "resid_post"))  # fmt: skip
+            yield f"{i} edited", after - before - sum(vector for _, vector in written)
 
 
 # -- without a part ------------------------------------------------------------------------------
@@ -216,12 +225,13 @@ def patch_map(
     if source.tensor("token_embedding").size(1) != T:
         raise UserError("patching needs texts with as many tokens: "
                         f"{T} and {source.tensor('token_embedding').size(1)}")  # fmt: skip
-    before = record(model, tokens, keep=["logits"]).tensor("logits")[0, -1, token]
+    last = partial(record, model, keep=["logits"], positions=slice(-1, None))
+    before = last(tokens).tensor("logits")[0, -1, token]
     rows = []
     for layer in range(model.config.n_layer):
         full = f"blocks.{layer}.{name}"
         edit = partial(_each_position, source.tensor(full))
-        after = record(model, tokens.expand(T, -1), edits={full: edit}, keep=["logits"])
+        after = last(tokens.expand(T, -1), edits={full: edit})
         rows.append((after.tensor("logits")[:, -1, token] - before).float().cpu().numpy())
     return np.stack(rows) if rows else np.zeros((0, T), np.float32)
 

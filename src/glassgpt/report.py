@@ -12,6 +12,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from glassgpt.config import ModelConfig
 from glassgpt.runlog import format_seconds
 from glassgpt.system import write_file
 
@@ -68,6 +69,14 @@ class TrainResult:
     @property
     def finished(self) -> bool:
         return self.signal is None
+
+
+def shape_in_words(config: ModelConfig) -> str:
+    """ "10,813,440 parameters (modern: 6 layers, 6 heads, 384 wide, context 256)" """
+    return (
+        f"{config.n_parameters:,} parameters ({config.family}: {config.n_layer} layers, "
+        f"{config.n_head} heads, {config.n_embd} wide, context {config.context_length})"
+    )
 
 
 STEP_PARTS = ("data", "forward and backward", "optimizer")

@@ -35,6 +35,7 @@ class TextTask:
     layer_decay = 1.0
     dropout = 0.0  # beside that of the model
     loss: dict[str, Any] = {}
+    per = "token"  # what the loss is the mean of
 
     def __init__(self, tokenizer: Tokenizer, config: TrainConfig) -> None:
         self.tokenizer, self.config = tokenizer, config
@@ -43,6 +44,10 @@ class TextTask:
         """The loss of guessing with equal chance, and its name: a line in the curve."""
         n = len(model.head.weight)
         return math.log(n), f"guessing: ln({n:,}) = {math.log(n):.2f}"
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint of the training says of it."""
+        return {"verb": self.verb}
 
     def note(self) -> str | None:
         """What people should know before it begins."""

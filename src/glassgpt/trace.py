@@ -30,7 +30,7 @@ from glassgpt.cache import Cache, KVCache
 from glassgpt.config import ModelConfig
 from glassgpt.errors import UserError, nearest
 from glassgpt.model import GPT, attention_by_hand
-from glassgpt.runlog import aligned
+from glassgpt.trace_table import table
 
 Edit = Callable[[torch.Tensor], torch.Tensor]
 Shape = tuple[int, ...]
@@ -59,6 +59,7 @@ _BY_PLACE = {
     ("Block.forward", "add", 0): "resid_mid",
     ("Block.forward", "add", 1): "resid_post",
     ("_losses", "cross_entropy", 0): "loss",
+    ("_in_bands", "cat", 0): "head_out",
 }
 # Operations that only look at a tensor, or change nothing in evaluation.
 _SILENT = {"size", "__get__", "tensor", "dim", "to", "detach", "dropout"}
@@ -82,13 +83,28 @@ class Operation:
     statistics: tuple[float, float, float, float] | None = None  # mean, deviation, least, largest
 
 
+@dataclass(frozen=True)
+class Bands:
+    """Attention, so many queries at a time: never the whole pattern in memory, and little is
+    computed of the half that the mask hides. `look` gets (layer, first row, (B, H, rows, S))."""
+
+    rows: int = 128
+    look: Callable[[int, int, torch.Tensor], None] | None = None
+
+
 class Trace:
     """What a forward pass computed: `operations` in order, `activations` by name."""
 
     def __init__(
-        self, config: ModelConfig, operations: list[Operation], activations: dict[str, torch.Tensor]
+        self,
+        config: ModelConfig,
+        operations: list[Operation],
+        activations: dict[str, torch.Tensor],
+        rotation: tuple[torch.Tensor, torch.Tensor] | None = None,
+        edits: Mapping[str, Edit] | None = None,
     ) -> None:
         self.config, self.operations, self.activations = config, operations, activations
+        self.rotation, self.edits = rotation, edits or {}  # with which blocks can run again
 
     def tensor(self, name: str) -> torch.Tensor:
         """An activation by its name; raises `UserError` for one that there isn't."""
@@ -110,7 +126,7 @@ class Trace:
     def table(self, layer: int | None = None, *, every: bool = False) -> str:
         """The pass, operation by operation, as text: of the blocks the first one, or `layer`, or
         `every` one."""
-        return _table(self, layer, every)
+        return table(self.operations, self.config.n_layer, layer, every)
 
 
 def record(
@@ -122,27 +138,44 @@ def record(
     loss: bool = False,
     statistics: bool = False,
     cache: Cache | None = None,
+    positions: slice = slice(None),
+    bands: Bands | None = None,
 ) -> Trace:
     """One forward pass over `tokens` (B, T), watched. Without gradients, in evaluation mode.
 
     `edits`: name of an activation -> function of its value, whose result takes its place in all
     that follows. `keep`: endings of the names of what to hold in memory ("pattern", "final");
-    None: everything. `loss` adds the loss of every token but the first. Raises `UserError` for
-    names that the model does not have, and for more tokens than the context holds.
+    None: everything. `loss` adds the loss of every token but the first. `positions`: of the logits.
+    With `bands`, what lies between q and head_out has no names, and operations are not noted.
+    Raises `UserError` for names that the model does not have, and for more tokens than the
+    context holds.
     """
     T, limit = tokens.size(1) + getattr(cache, "length", 0), model.config.context_length
     if not 1 <= T <= limit:
         raise UserError(f"{T} tokens; the context holds 1 to {limit}")
     watcher = _Watcher(model, edits, keep, statistics)
-    with torch.no_grad(), _by_hand(model), watcher:
-        logits = model(tokens, cache=cache)
+    with torch.no_grad(), _by_hand(model, bands), _caught_rotation(model) as rotation, watcher:
+        logits = model(tokens, cache=cache, positions=positions)
         if loss and tokens.size(1) > 1:
             _losses(logits, tokens)
     if unused := sorted(set(watcher.edits) - watcher.seen):
         names = sorted(watcher.seen)
         raise UserError(f"no activation {unused[0]!r} in this model.{nearest(unused[0], names)}")
-    return Trace(model.config, _with_symbols(watcher.operations, model.config, loss),
-                 watcher.activations)  # fmt: skip
+    operations = [] if bands else _with_symbols(watcher.operations, model.config, loss)
+    return Trace(model.config, operations, watcher.activations, next(iter(rotation), None),
+                 watcher.edits)  # fmt: skip
+
+
+def record_block(
+    model: GPT, trace: Trace, layer: int, bands: Bands | None = None
+) -> dict[str, torch.Tensor]:
+    """The activations of one block again, from the stream before it that a trace without cache
+    kept; the edits of that pass apply as they did."""
+    x = trace.tensor(f"blocks.{layer}.resid_pre")
+    watcher = _Watcher(model, trace.edits)
+    with torch.no_grad(), _by_hand(model, bands), watcher:
+        model.blocks[layer](x, trace.rotation, None)
+    return watcher.activations
 
 
 def record_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -162,11 +195,12 @@ def shapes_of(config: ModelConfig, n_tokens: int, batch: int = 1, *, loss: bool 
 
 
 @contextmanager
-def _by_hand(model: GPT):
+def _by_hand(model: GPT, bands: Bands | None = None):
     """Attention as the formula reads: the fused kernel never has scores to show."""
     was_training = model.training
-    for block in model.blocks:
-        block.attn.attend = attention_by_hand  # type: ignore[union-attr,assignment]
+    for layer, block in enumerate(model.blocks):
+        attend = functools.partial(_in_bands, bands, layer) if bands else attention_by_hand
+        block.attn.attend = attend  # type: ignore[union-attr,assignment]
     model.eval()
     try:
         yield
@@ -174,6 +208,36 @@ def _by_hand(model: GPT):
         model.train(was_training)
         for block in model.blocks:
             del block.attn.attend  # type: ignore[union-attr]
+
+
+def _in_bands(
+    bands: Bands, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any
+) -> torch.Tensor:
+    """`attention_by_hand`, a band of queries after the other."""
+    T, S = q.size(-2), k.size(-2)
+    outputs = []
+    for first in range(0, T, bands.rows):
+        end = min(first + bands.rows, T)
+        seen = S - T + end  # of the last one of them
+        steps = record_attention(q[:, :, first:end], k[:, :, :seen], v[:, :, :seen])
+        outputs.append(steps["head_out"])
+        if bands.look is not None:
+            bands.look(layer, first, steps["pattern"])
+    return torch.cat(outputs, dim=-2)
+
+
+@contextmanager
+def _caught_rotation(model: GPT):
+    """A list in which the rotation lies that the first block is given, where there is one."""
+    caught: list[Any] = []
+    if not len(model.blocks):
+        yield caught
+        return
+    hook = model.blocks[0].register_forward_pre_hook(lambda _, given: caught.append(given[1]))
+    try:
+        yield caught
+    finally:
+        hook.remove()
 
 
 def _losses(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
@@ -322,8 +386,8 @@ def _place(frame: FrameType | None) -> tuple[str, int, int] | None:
         if code.co_filename == here:
             function = code.co_qualname.removesuffix(".<locals>.<genexpr>")
             return function, *_statements()[frame.f_lineno]
-        if code is _losses.__code__:
-            return "_losses", 0, 0
+        if code in (_losses.__code__, _in_bands.__code__):
+            return code.co_name, 0, 0
         if code.co_filename.startswith(package):
             return None  # the cache's affairs, or an edit
         frame = frame.f_back
@@ -412,51 +476,3 @@ def _probe(config: ModelConfig, loss: bool) -> list[Operation]:
 
     return [replace(op, symbols=letters(op.output), inputs_symbols=tuple(map(letters, op.inputs)))
             for op in watcher.operations]  # fmt: skip
-
-
-# -- as a table ----------------------------------------------------------------------------------
-
-
-def _table(trace: Trace, layer: int | None, every: bool) -> str:
-    n_layer = trace.config.n_layer
-    if layer is not None and not 0 <= layer < n_layer:
-        raise UserError(f"layer={layer}: the model has {_layers(n_layer)}")
-    shown = set(range(n_layer)) if every else {layer or 0}
-    measured = any(op.statistics for op in trace.operations)
-    header = ["operation", "gives", "shape", "numbers", "parameters", "MFLOPs"]
-    header += ["mean", "deviation", "least", "largest"] if measured else []
-    rows, place = [header], None
-    for op in trace.operations:
-        if op.layer is not None and op.layer not in shown:
-            continue
-        if op.layer != place and op.layer is not None:
-            rows.append([f"block {op.layer}:"] + [""] * (len(header) - 1))
-        place = op.layer
-        short = (op.activation or "").rpartition(".")[2]
-        rows.append([
-            "  " * (op.layer is not None) + _readable(op.name), short, _shape(op.symbols),
-            _shape(op.output), f"{op.parameters:,}" if op.parameters else "",
-            f"{op.flops / 1e6:,.3f}" if op.flops else "",
-            *([f"{x:.3g}" for x in op.statistics or ()] or [""] * 4 if measured else []),
-        ])  # fmt: skip
-    total = [sum(op.parameters for op in trace.operations), sum(o.flops for o in trace.operations)]
-    rows.append(["in all", "", "", "", f"{total[0]:,}", f"{total[1] / 1e6:,.3f}"]
-                + [""] * (4 if measured else 0))  # fmt: skip
-    lines = aligned(rows, left=4).splitlines()
-    hidden = n_layer - len(shown)
-    if hidden > 0:
-        lines.append(f"{_layers(n_layer)}; the {'other one has' if hidden == 1 else 'others have'} "
-                     "the same shapes")  # fmt: skip
-    return "\n".join(lines)
-
-
-def _layers(n: int) -> str:
-    return "no blocks" if n == 0 else "block 0" if n == 1 else f"blocks 0 to {n - 1}"
-
-
-def _readable(name: str) -> str:
-    return name.replace("__getitem__", "select").replace("__invert__", "not")
-
-
-def _shape(shape: Iterable[Any]) -> str:
-    return f"({', '.join(map(str, shape))})"

@@ -16,7 +16,7 @@ import shlex
 import signal
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ from glassgpt.optim import (
 )
 from glassgpt.passes import Passes
 from glassgpt.plot import loss_curve
-from glassgpt.report import Expectation, Report, TrainResult, summary, write_report
+from glassgpt.report import Expectation, Report, TrainResult, shape_in_words, summary, write_report
 from glassgpt.runlog import Progress, RunLog, format_seconds, program, rewind_samples, write_sample
 from glassgpt.tasks import TextTask
 
@@ -70,7 +70,7 @@ class Trainer:
         self.run, self.config, self.data, self.machine = run, config, data, machine
         self.progress, self.options, self.plan = progress, options, plan
         self.model, self.task = model, task or TextTask(data.tokenizer, config)
-        self.T = model.config.context_length
+        self.T, self.shape = model.config.context_length, shape_in_words(model.config)
         rows = max(1, round(config.batch_tokens / self.T / machine.world))
         self.rows_per_rank, self.rows_per_step = rows, rows * machine.world
         self.drops = bool(model.config.dropout or self.task.dropout)
@@ -129,6 +129,7 @@ class Trainer:
         if self.machine.is_main:
             RunLog(self.run).rewind(self.step)
             rewind_samples(self.run / "samples.md", self.step)
+            ckpt.rewind_snapshots(self.run, self.step)
             self.log = RunLog(self.run, tensorboard=self.config.tensorboard,
                               wandb=self.config.wandb, options=self.options)  # fmt: skip
         self._describe()
@@ -146,12 +147,16 @@ class Trainer:
                 raise
         if not finished:
             self.save()
+        elif self.config.snapshots:
+            self._snapshot()
         return self._finish(finished)
 
     def _loop(self) -> bool:
         """Steps, evaluations and checkpoints in turn; False when asked to stop before the end."""
         clock, patience = self.clock, self.config.patience or math.inf
         while True:
+            if clock.snapshot_is_due(self.step):
+                self._snapshot()
             over = bool(self._agreed(clock.is_over(self.step)))
             due = over or self._agreed(clock.evaluation_is_due(self.step))
             if due and self.evaluated_step != self.step:
@@ -244,10 +249,7 @@ class Trainer:
         Reading from a GPU waits for it, so there only when something is written after this step:
         an earlier NaN is still one then, and never reaches a checkpoint. On a CPU it is free.
         """
-        config, next_step = self.config, self.step + 1
-        intervals = (config.log_interval, config.eval_interval, config.checkpoint_interval)
-        due = next_step == config.max_steps or any(n and next_step % n == 0 for n in intervals)
-        if not due and self.machine.device.type != "cpu":
+        if not self.clock.writing_is_due(self.step + 1) and self.machine.device.type != "cpu":
             self._unread = loss, norm, rate
             return None
         self._unread = None
@@ -291,10 +293,8 @@ class Trainer:
     # -- evaluation ------------------------------------------------------------------------------
 
     def _evaluate_and_keep_best(self) -> None:
-        with self._timed("evaluation"):
-            started = time.monotonic()
+        with self._timed("evaluation", self.clock.saw_evaluation):
             val_loss = self.evaluate(self.data.val, windows=self.eval_windows)
-            self.clock.saw_evaluation(time.monotonic() - started)
         if val_loss is None:  # asked to stop in the middle: done again after resuming
             return
         if not math.isfinite(val_loss):
@@ -304,16 +304,14 @@ class Trainer:
             self.first_val_loss = val_loss
         better = val_loss < self.best_val_loss
         self.evaluations_without_best = 0 if better else self.evaluations_without_best + 1
-        if better:
-            self.best_val_loss = val_loss
+        self.best_val_loss = min(self.best_val_loss, val_loss)
         more = self._keep_loss()
         self._write(val_loss=val_loss, **more)
         if self.machine.is_main:
             if better:
                 with self._timed("saving"):
                     self.task.save(self.run, self.model, self._info())
-            with self._timed("samples"):
-                self._sample()
+            self._sample()
         self.save()
         note = "" if better else f" (best {self.best_val_loss:.4f})"
         note += "".join(f"  {name.replace('_', ' ')} {loss:.4f}" for name, loss in more.items())
@@ -351,11 +349,10 @@ class Trainer:
         return None if self._stop_now() else total / count
 
     def _sample(self) -> None:
-        started = time.monotonic()
-        if text := self.task.show(self.model):
-            self.samples = [*self.samples[:1], text]
-            write_sample(self.run / "samples.md", self.step, text)
-            self.clock.saw_sampling(time.monotonic() - started)
+        with self._timed("samples", self.clock.saw_sampling):
+            if text := self.task.show(self.model):
+                self.samples = [*self.samples[:1], text]
+                write_sample(self.run / "samples.md", self.step, text)
 
     # -- keeping ---------------------------------------------------------------------------------
 
@@ -367,27 +364,38 @@ class Trainer:
             loss, norm, rate = self._unread
             if not math.isfinite(loss.item() + norm.item()) and not self.scaler.is_enabled():
                 self._diverged(loss.item(), norm.item(), rate)
-        started = time.monotonic()
-        saved, tensors = self.task.to_resume(self.model, self._info())
-        tensors |= optimizer_tensors(self.optimizers, self.model)
+        with self._timed("saving", self.clock.saw_saving):
+            saved, tensors = self.task.to_resume(self.model, self._info())
+            tensors |= optimizer_tensors(self.optimizers, self.model)
+            ckpt.save_training(self.run, saved, tensors, self._state())
+
+    def _state(self) -> dict[str, Any]:
+        """What state.json says: all that goes on, beside weights and moments."""
         state = {name: getattr(self, name) for name in _RESUMED}
-        state |= {
+        return state | {
             "eval_windows": self.eval_windows,
             "fits_in_memory": self.passes.fits_in_memory,
-            "verb": self.task.verb,
+            **self.task.state(),
             "seconds": self.clock.elapsed(),
-            "first_val_loss": _or_none(self.first_val_loss),
-            "best_val_loss": _or_none(self.best_val_loss),
+            "first_val_loss": ckpt.finite_or_none(self.first_val_loss),
+            "best_val_loss": ckpt.finite_or_none(self.best_val_loss),
             "scaler": self.scaler.state_dict(),
             "plan": dataclasses.asdict(self.plan) if self.plan else None,
             "options": self.options,
             "data_path": str(self.data.path.absolute()),
             "data_fingerprint": self.data.fingerprint,
         }
-        ckpt.save_training(self.run, saved, tensors, state)
-        took = time.monotonic() - started
-        self.spent["saving"] = self.spent.get("saving", 0.0) + took
-        self.clock.saw_saving(took)
+
+    def _snapshot(self) -> None:
+        """Keep the model as it is now, for good. Where there is no room, training goes on."""
+        if not self.machine.is_main:
+            return
+        with self._timed("saving", self.clock.saw_snapshot):
+            try:
+                now = self.task.checkpoint(self.model, self._info())
+                ckpt.save_snapshot(self.run, self.step, now)
+            except UserError as error:
+                self.progress.say(f"no snapshot of step {self.step:,}: {error}")
 
     def _info(self) -> dict[str, Any]:
         """What glassgpt.json says of it."""
@@ -395,7 +403,7 @@ class Trainer:
             "torch_version": torch.__version__,
             "parameters": self.model.config.n_parameters,
             "step": self.step,
-            "best_val_loss": _or_none(self.best_val_loss),
+            "best_val_loss": ckpt.finite_or_none(self.best_val_loss),
             "data": {"fingerprint": self.data.fingerprint, "path": str(self.data.path)},
             "options": self.options,
             "train": dataclasses.asdict(self.config),
@@ -407,7 +415,7 @@ class Trainer:
         if self.log is not None:
             self.log.close()
             if self.evaluated_step is not None:
-                loss_curve(self.run, guessing=self.task.guessing(self.model))
+                loss_curve(self.run, guessing=self.task.guessing(self.model), per=self.task.per)
         if not finished:
             self.progress.say(f"stopped at step {self.step:,}; go on with: {self._how_to_resume}")
         elif not self.clock.is_over(self.step):
@@ -422,10 +430,10 @@ class Trainer:
                            self.task.try_next, stopped_by)  # fmt: skip
 
     def _report(self) -> Report:
-        tokens = self._tokens(self.step)
         return Report(
-            shape=self._shape(), seconds=self.clock.elapsed(), steps=self.step, tokens=tokens,
-            epochs=self._epochs(self.step), val_loss=self.best_val_loss,
+            shape=self.shape, seconds=self.clock.elapsed(), steps=self.step,
+            tokens=self._tokens(self.step), epochs=self._epochs(self.step),
+            val_loss=self.best_val_loss,
             guessing=self.task.guessing(self.model)[1], spent=self.spent,
             samples=tuple(self.samples), plan=self.plan, kept=tuple(self.kept),
         )  # fmt: skip
@@ -440,7 +448,7 @@ class Trainer:
         if not self.machine.is_main:
             return
         accumulated = math.ceil(self.rows_per_rank / self.passes.micro_batch_size)
-        self.progress.say(f"{self._shape()} · {len(self.data.train):,} training tokens, "
+        self.progress.say(f"{self.shape} · {len(self.data.train):,} training tokens, "
                           f"vocabulary {self.model.config.vocab_size:,}")  # fmt: skip
         steps = self.config.max_steps
         length = f"{steps:,} steps of {self._tokens(1):,} tokens ({self._epochs(steps):.1f} epochs)"
@@ -453,13 +461,6 @@ class Trainer:
         )  # fmt: skip
         if note := self.task.note():
             self.progress.say(note)
-
-    def _shape(self) -> str:
-        config = self.model.config
-        return (
-            f"{config.n_parameters:,} parameters ({config.family}: {config.n_layer} layers, "
-            f"{config.n_head} heads, {config.n_embd} wide, context {config.context_length})"
-        )
 
     def _stop_now(self) -> bool:
         """May an evaluation break off? Not with several processes: all must do the same."""
@@ -482,18 +483,17 @@ class Trainer:
         return self.machine.sum(float(value) if self.machine.is_main else 0.0)[0]
 
     @contextlib.contextmanager
-    def _timed(self, part: str) -> Iterator[None]:
-        """Seconds of `part`, for the report. A GPU works on while we count: there, it is the time
-        in which the host waited."""
+    def _timed(self, part: str, saw: Callable[[float], None] | None = None) -> Iterator[None]:
+        """Seconds of `part`, for the report, and told to `saw`. A GPU works on while we count:
+        there, it is the time in which the host waited."""
         started = time.monotonic()
         yield
-        self.spent[part] = self.spent.get(part, 0.0) + time.monotonic() - started
+        took = time.monotonic() - started
+        self.spent[part] = self.spent.get(part, 0.0) + took
+        if saw is not None:
+            saw(took)
 
     def _write(self, **values: Any) -> None:
         if self.log is not None:
             self.log.write(step=self.step, tokens=self._tokens(self.step),
                            seconds=round(self.clock.elapsed(), 3), **values)  # fmt: skip
-
-
-def _or_none(loss: float) -> float | None:
-    return loss if math.isfinite(loss) else None

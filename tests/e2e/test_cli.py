@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from conftest import refuse
-from glassgpt.checkpoint import load_model
+from glassgpt.checkpoint import load_model, snapshots
 from glassgpt.cli import main
 from glassgpt.runlog import read_metrics
 
@@ -153,9 +153,10 @@ def test_two_processes_compute_what_one_does(tmp_path, book):
     assert glassgpt("train", book, "--out", tmp_path / "one", *options).returncode == 0
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
                "--nproc-per-node", "2", "-m", "glassgpt", "train", str(book),
-               "--out", str(tmp_path / "two"), *options]  # fmt: skip
+               "--out", str(tmp_path / "two"), "--snapshots", *options]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
+    assert list(snapshots(tmp_path / "two")) == [0, 1, 2, 3, 4, 6, 8]
     one, two = (_numbers(tmp_path / name) for name in ("one", "two"))
     assert [row[0] for row in one] == [row[0] for row in two]
     flat = [np.array([x or 0.0 for row in rows for x in row]) for rows in (one, two)]

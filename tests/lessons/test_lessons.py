@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import sys
 from pathlib import Path
-from typing import Any
 
 import nbformat
 import pytest
 from filelock import FileLock
 
 LESSONS = Path(__file__).parents[2] / "lessons"
+RESULTS = LESSONS / "results"
 sys.path.insert(0, str(LESSONS))
 import ladder  # noqa: E402
 
@@ -91,17 +92,30 @@ def check_outputs(path: Path) -> None:
 
 
 def _shows(source: str) -> bool:
-    """Whether a cell prints, plots or ends with a value."""
+    """Whether a cell prints or plots, by itself and not only in a function that it defines."""
     calls = ("print(", "plt.show(", "ladder.report(", "ladder.difference(")
-    last: Any = ast.parse(source).body[-1]
-    return any(call in source and f"def {call}" not in source for call in calls[1:]) or (
-        isinstance(last, ast.Expr) and calls[0] in ast.unparse(last)
-    )
+    definitions = (ast.FunctionDef, ast.ClassDef)
+    nodes = [node for node in ast.parse(source).body if not isinstance(node, definitions)]
+    return any(call in ast.unparse(node) for call in calls for node in nodes)
 
 
-def test_the_readme_has_a_row_for_every_result():
-    readme = (LESSONS / "README.md").read_text()
-    committed = {path.stem for path in (LESSONS / "results").glob("*.json")}
-    assert {rung for rung in committed if f"| [{rung}](" not in readme} == set()
-    for path in (LESSONS / "results").glob("*.json"):
-        assert f"| {json.loads(path.read_text())['loss']:.3f} |" in readme
+COMMITTED = {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
+
+
+def test_every_lesson_has_a_result():
+    assert {rung[:2] for rung in COMMITTED} == {name[:2] for name in NAMES}
+
+
+@pytest.mark.parametrize("rung", COMMITTED)
+def test_notebook_and_readme_tell_the_committed_result(rung):
+    [notebook] = LESSONS.glob(f"{rung[:2]}_*.ipynb")
+    loss = f"{COMMITTED[rung]['loss']:.3f}"
+    assert f"validation loss {loss} nats" in notebook.read_text()
+    row = re.search(rf"^\| \[{rung}\].*$", (LESSONS / "README.md").read_text(), flags=re.MULTILINE)
+    assert row is not None
+    assert f"| {loss} |" in row[0]
+
+
+def test_the_committed_losses_fall_too():
+    losses = [COMMITTED[rung]["loss"] for rung in CLIMB]
+    assert losses == sorted(losses, reverse=True)

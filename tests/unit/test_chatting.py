@@ -354,7 +354,8 @@ def test_files_that_cannot_be(tmp_path: Path) -> None:
     ("lines", "message"),
     [(["a"], "a"), (["a\\", "b\\", "c"], "a\nb\nc"), (["a\\"], "a"), ([""], ""),
      (['"""', "a", "", '  b"""'], "a\n\n  b"), (['"""a"""'], "a"), (['"""', "a\\", '"""'], "a\\"),
-     (['"""a', "b"], "a\nb"), (['"""'], ""), (['say """x"""'], 'say """x"""')],
+     (['"""a', "b"], "a\nb"), (['"""'], ""), (['say """x"""'], 'say """x"""'),
+     (['"""', "/etc", '"""'], " /etc")],
 )  # fmt: skip
 def test_messages_of_several_lines(lines: list[str], message: str) -> None:
     left = list(lines)

@@ -49,6 +49,7 @@ class Machine:
     step: float  # seconds of work
     evaluation: float
     saving: float = 0.05
+    snapshot: float = 0.0
     slowdown: float = 1.0  # from `changes` on, everything takes so many times as long
     changes: float = BUDGET / 2
     rates: list[float] = field(default_factory=list)
@@ -75,7 +76,11 @@ class Machine:
         self.now.seconds += STARTING
         timer.saw_evaluation(self.evaluation)
         timer.saw_saving(self.work(self.saving))
-        while not timer.is_over(step):
+        while True:
+            if timer.snapshot_is_due(step):
+                timer.saw_snapshot(self.work(self.snapshot))
+            if timer.is_over(step):
+                break
             if timer.evaluation_is_due(step):
                 self.evaluate(timer)
             elif timer.saving_is_due(step):
@@ -85,6 +90,8 @@ class Machine:
             step += 1
         self.evaluate(timer)
         timer.saw_saving(self.work(self.saving))
+        if config.snapshots and not timer.snapshot_is_due(step):
+            timer.saw_snapshot(self.work(self.snapshot))
         self.now.seconds += FINISHING
         return timer.elapsed()
 
@@ -115,6 +122,14 @@ def test_it_ends_on_time_whenever_the_machine_changes(now, changes, slowdown):
     config = budget_config()
     assert 0.85 * BUDGET < machine.train(config) <= 1.05 * BUDGET
     assert machine.rates[-1] < 0.05 * config.learning_rate
+
+
+@pytest.mark.parametrize("snapshot", [0.01, 0.5, 2.0])
+@pytest.mark.parametrize("step", [0.003, 0.1, 0.57])
+def test_it_ends_on_time_with_snapshots(now, snapshot, step):
+    machine = Machine(now, step, 0.5, snapshot=snapshot)
+    assert 0.85 * BUDGET < machine.train(budget_config(snapshots=True)) <= 1.02 * BUDGET
+    assert machine.rates[-1] < 0.05 * TrainConfig().learning_rate
 
 
 def test_done_reaches_one_when_training_must_end(now):

@@ -469,6 +469,20 @@ def test_bad_csv(tmp_path):
     assert "c.csv, line 3: 3 cells, 2 in the header" in message
     assert "1 cell, 2 in the header" in error_of(write(tmp_path / "d.csv", "text,label\na\n"))
     assert "'label' is empty" in error_of(write(tmp_path / "e.csv", "text,label\na,x\nb,\n"))
+    message = error_of(write(tmp_path / "f.csv", "text,label,text\na,x,b\n"))
+    assert "f.csv, line 1: two columns are named 'text'" in message
+    assert "separated by ';'" in error_of(write(tmp_path / "g.csv", "text;label\na;x\n"))
+
+
+def test_the_system_may_stand_beside_the_turns(tmp_path):
+    said = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+    first = {"conversations": said, "system": "Be kind."}
+    own = {"conversations": [{"from": "system", "value": "Be brief."}, *said], "system": "Be kind."}
+    blank = {"conversations": said, "system": None}
+    path = write(tmp_path / "a.jsonl", [first, own, blank])
+    found = read_examples([str(path)]).conversations
+    assert [each.turns[0].content for each in found] == ["Be kind.", "Be brief.", "q"]
+    assert [len(each.turns) for each in found] == [3, 3, 2]
 
 
 # ---- left out --------------------------------------------------------------------------------

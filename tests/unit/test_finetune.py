@@ -228,9 +228,85 @@ def test_the_data_report(bases, tmp_path) -> None:
     finetune(bases(kind="byte"), data, val=str(data), out=tmp_path / "run", progress=listener,
              **{**FAST, "context_length": 40})  # fmt: skip
     said = "\n".join(listener.said)
-    for part in ("messages, 9 conversations", "of 40 that fit", "1 cut at a turn", "1 duplicates",
+    for part in ("messages, 9 conversations", "of 40 that fit", "1 longer than that",
+                 "1 exchanges left out", "nothing to learn in 1 conversations", "1 duplicates",
                  "of 9 to judge by 9 are also learned", "with loss", "left out"):  # fmt: skip
         assert part in said, said
+
+
+def test_a_rate_is_made_gentle_once(files, tmp_path) -> None:
+    """Of adapters and of whole models, however often one is finetuned after the other."""
+    how = dict(max_steps=2, batch_tokens=40, sample_tokens=0)
+    base: Any = train(str(files["text"]), out=tmp_path / "base", n_layer=1, n_embd=8, n_head=2,
+                      context_length=10, learning_rate=0.02, **how).run  # fmt: skip
+    for number, (rank, share) in enumerate([(None, 0.1), (2, 1.0), (None, 0.1), (None, 0.1)]):
+        out = tmp_path / str(number)
+        base = finetune(base, files["text"], out=out, lora_rank=rank, **how).run
+        found = json.loads((base / "glassgpt.json").read_text())["train"]
+        assert found["learning_rate"] == pytest.approx(0.02 * share), number
+    begun = train(str(files["text"]), init_from=tmp_path / "base", out=tmp_path / "begun",
+                  **how).run  # fmt: skip
+    run = finetune(begun, files["text"], out=tmp_path / "last", **how).run
+    rates = [json.loads((r / "glassgpt.json").read_text())["train"]["learning_rate"]
+             for r in (begun, run)]  # fmt: skip
+    assert rates[0] == pytest.approx(rates[1])
+
+
+def test_an_adapter_goes_on_with_its_own_base_alone(files, tmp_path, capsys) -> None:
+    tokenizer = CharTokenizer.from_characters(LETTERS)
+    config = tiny_config(vocab_size=tokenizer.vocab_size, context_length=40)
+    weights = weights_of(tiny_model(config))
+
+    def save(change: float) -> None:
+        changed = {name: weight + np.float32(change) for name, weight in weights.items()}
+        ckpt.save_model(tmp_path / "base", ckpt.Checkpoint(config, changed, tokenizer))
+
+    save(0.0)
+    run = finetune(tmp_path / "base", files["text"], out=tmp_path / "run", lora_rank=2, **FAST).run
+    save(1e-3)
+    said = refuse(capsys, "finetune", "--resume", run, "--max-steps", 8)
+    assert "base has changed since" in said
+    save(0.0)
+    assert finetune(resume=run, max_steps=8).step == 8
+
+
+def test_an_adapter_alone_is_a_chat_partner_too(bases, files, tmp_path) -> None:
+    run = finetune(
+        bases(kind="byte"), files["chats"], out=tmp_path / "run", lora_rank=2, **FAST
+    ).run
+    asked = [{"role": "user", "content": "cat?"}]
+    answers = [glassgpt.load(folder).answer(asked, temperature=0, max_new_tokens=5)
+               for folder in (run, run / "adapter")]  # fmt: skip
+    assert answers[0] == answers[1]
+    assert load_pretrained(bases(kind="byte")).chat_template is None
+
+
+def test_other_text_to_keep_is_other_data(bases, files, tmp_path, capsys) -> None:
+    keep = tmp_path / "keep.txt"
+    keep.write_text("the dog says wow\n" * 40)
+    run = finetune(bases(), files["text"], out=tmp_path / "run", keep=str(keep), replay=0.5,
+                   **FAST).run  # fmt: skip
+    keep.write_text("the cat says miau\n" * 40)
+    assert "changed" in refuse(capsys, "finetune", "--resume", run, "--max-steps", 8)
+
+
+def test_what_is_read_otherwise_than_it_was_written_is_said(bases, tmp_path) -> None:
+    """Unknown characters; texts that are cut; what no adapter can hold."""
+    listener = Listener()
+    chats = write(tmp_path / "a.jsonl", *[{"prompt": f"{a}?", "completion": "Ω"} for a in ANIMALS])
+    finetune(bases(), chats, out=tmp_path / "a", lora_rank=2, progress=listener, **FAST)
+    said = "\n".join(listener.said)
+    assert "read as '<unk>': 'Ω'" in said
+    assert "only the merged model is kept" in said
+    assert not (tmp_path / "a" / "adapter").exists()
+    texts = ["a" * n for n in (5, 40, 41, 90)]
+    rows = [{"text": text, "label": label} for text in texts for label in ("x", "y")]
+    labels = write(tmp_path / "b.jsonl", *rows)
+    finetune(bases(), labels, val=str(labels), out=tmp_path / "b", progress=listener, **FAST)
+    said = "\n".join(listener.said)
+    assert "of 40 that fit; 4 longer than that are cut (and 4 to judge by)" in said
+    finetune(bases(), chats, out=tmp_path / "c", freeze="embeddings", progress=listener, **FAST)
+    assert "1 new tokens stay what they are" in "\n".join(listener.said)
 
 
 def write(path: Path, *rows: Any) -> Path:
@@ -268,6 +344,10 @@ def test_refusals(bases, files, tmp_path, capsys) -> None:
         "name a run directory": [],
         "nothing to train on": [bases()],
         "no template": [bases(), chats, "--template", "chatm"],
+        "class_weights is for labels": [bases(), chats, "--class-weights"],
+        "loss_on is for conversations": [bases(), labels, "--loss-on", "all"],
+        "template is for conversations": [bases(), text, "--template", "chatml"],
+        "max_tokens is for text": [bases(), chats, "--max-tokens", 9],
     }.items():
         said = refuse(capsys, "finetune", *arguments, "--out", tmp_path / "run")
         assert word in said, said

@@ -19,6 +19,8 @@ import pytest
 from gguf import GGUFReader
 
 from conftest import tiny_config
+from glassgpt.chat import Chat, choose_template
+from glassgpt.checkpoint import Checkpoint
 from glassgpt.config import ModelConfig, RopeScaling
 from glassgpt.errors import UserError
 from glassgpt.export.compare import largest_difference
@@ -282,6 +284,26 @@ def test_char_tokenizer_of_any_script(tmp_path: Path) -> None:
     assert field(reader, "tokenizer.ggml.unknown_token_id") == unknown
     assert field(reader, "tokenizer.ggml.eos_token_id") == unknown  # not 11, which is a letter
     assert field(reader, "tokenizer.ggml.token_type")[unknown] == 2
+
+
+@pytest.mark.parametrize("name", ["headings", "chatml"])
+def test_a_chat_partner_has_its_template_and_its_ends(tmp_path: Path, name: str) -> None:
+    characters = CharTokenizer.from_characters("#:AUSaenrstuimy \n")
+    for base in (characters, train_bpe(["user system assistant # : " * 20], 280)):
+        template, tokenizer = choose_template(name, Checkpoint(tiny_config(), {}, base))
+        ends = Chat(template, tokenizer).ends
+        config = tiny_config(vocab_size=tokenizer.vocab_size)
+        write_gguf(tmp_path / "m.gguf", config, random_weights(config), tokenizer, kind="F32",
+                   name="tiny", template=template, ends=ends)  # fmt: skip
+        reader = GGUFReader(tmp_path / "m.gguf")
+        assert field(reader, "tokenizer.chat_template") == template
+        end = field(reader, "tokenizer.ggml.eos_token_id")
+        told = {end}
+        if "tokenizer.ggml.eot_token_id" in reader.fields:
+            told.add(field(reader, "tokenizer.ggml.eot_token_id"))
+        assert told >= set(ends)
+        if tokenizer.end_of_text is not None:
+            assert end == tokenizer.end_of_text
 
 
 def test_char_tokenizer_of_ascii(tmp_path: Path) -> None:

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from tests.conftest import tiny_config, tiny_model
-from tests.unit.test_trace import FAMILIES, some_tokens
+from test_trace import FAMILIES, some_tokens
 
+from conftest import tiny_config, tiny_model
 from glassgpt.errors import UserError
 from glassgpt.lens import (
     attribution,

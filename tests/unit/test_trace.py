@@ -9,9 +9,9 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.conftest import tiny_config, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 
+from conftest import tiny_config, tiny_model
 from glassgpt.cache import KVCache
 from glassgpt.config import ModelConfig
 from glassgpt.errors import UserError

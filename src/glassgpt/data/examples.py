@@ -5,7 +5,8 @@
 | format   | a record, in .jsonl .json .csv .tsv .parquet                                    |
 |----------|---------------------------------------------------------------------------------|
 | messages | "messages": a list of {"role": system, user or assistant, "content"}            |
-| sharegpt | "conversations": a list of {"from": system, human or gpt, "value"}              |
+| sharegpt | "conversations": a list of {"from": system, human or gpt, "value"};             |
+|          | of both perhaps "system", which comes first                                     |
 | alpaca   | "instruction" and "output", perhaps "input", "system"                           |
 | prompt   | "prompt" or "question", and "completion", "answer" or "response"; or as named   |
 | labels   | "text" or "sentence", and "label"; or as named                                  |
@@ -367,6 +368,8 @@ def _chat(record: Record, key: str) -> Conversation:
             known = f"{nearest(role, _ROLES)} Known are {', '.join(_ROLES)}"
             raise UserError(f"{where}: unknown role {role!r}.{known}")
         turns.append(Turn(_ROLES[role], _text(turn, ("content", "value"))))
+    if turns and turns[0].role != "system" and (system := _text_or_none(record, "system")):
+        turns.insert(0, Turn("system", system))  # some ShareGPT data have it beside the turns
     return Conversation(tuple(turns), record.where)
 
 

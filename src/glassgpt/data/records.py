@@ -15,6 +15,7 @@ import csv
 import io
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
@@ -140,6 +141,7 @@ def _csv_records(stream: io.BufferedReader, name: str, delimiter: str = ",") -> 
     where = f"{name}, line 1"
     try:
         header = next(rows, [])
+        _check_header(header, where)
         where = f"{name}, line {rows.line_num + 1}"
         for row in rows:
             if row and len(row) != len(header):
@@ -152,6 +154,15 @@ def _csv_records(stream: io.BufferedReader, name: str, delimiter: str = ",") -> 
         raise UserError(
             f"{where}: {error}; is a quote left open, or alone in a text? Double it"
         ) from error
+
+
+def _check_header(header: list[str], where: str) -> None:
+    """Of two columns with one name only the last would be read, and nobody would notice."""
+    if twice := [cell for cell, n in Counter(header).items() if n > 1]:
+        raise UserError(f"{where}: two columns are named {twice[0]!r}; rename one")
+    if len(header) == 1 and (found := re.search(r"[;\t|]", header[0])):
+        raise UserError(f"{where}: columns seem to be separated by {found[0]!r}: "
+                        f"{header[0][:60]!r}; write commas, or tabs in a .tsv")  # fmt: skip
 
 
 def _parquet_records(stream: io.BufferedReader, name: str) -> Iterator[Record]:

@@ -65,7 +65,8 @@ def _gguf(checkpoint: Checkpoint, out: Path, precision: Precision) -> tuple[floa
     from glassgpt.export.gguf import read_gguf, write_gguf
 
     config, weights, name = checkpoint.config, checkpoint.weights, out.stem
-    halves = write_gguf(out, config, weights, checkpoint.tokenizer, kind=precision, name=name)
+    halves = write_gguf(out, config, weights, checkpoint.tokenizer, kind=precision, name=name,
+                        template=checkpoint.chat_template, ends=checkpoint.ends)  # fmt: skip
     note = f"{len(halves)} matrices stay F16: their rows are no multiple of 32" if halves else ""
     return largest_difference((config, weights), read_gguf(out)), note
 

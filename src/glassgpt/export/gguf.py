@@ -14,7 +14,7 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,8 +72,12 @@ def write_gguf(
     *,
     kind: Kind,
     name: str,
+    template: str | None = None,
+    ends: Sequence[int] = (),
 ) -> list[str]:
     """Write the model with its matrices as `kind`; norms, biases and positions stay F32.
+
+    `template` (Jinja) and the ids that end an answer are those of a chat model.
 
     Returns the matrices that are F16 although Q8_0 was asked for, because their rows are no
     multiple of 32 long. The file is whole or absent. Raises `UserError` for models and
@@ -83,7 +87,11 @@ def write_gguf(
     stored = _stored_config(config)
     writer = gguf.GGUFWriter(None, stored.family)
     _add_settings(writer, stored, kind, name)
-    _add_tokenizer(writer, tokenizer, stored.vocab_size)
+    end = _add_tokenizer(writer, tokenizer, stored.vocab_size)
+    if template is not None:
+        writer.add_chat_template(template)
+    if others := [token for token in ends if token != end]:
+        writer.add_eot_token_id(others[0])
     # Names and shapes come first in the file, so walk once over tensors that take no memory.
     shapes = config.weight_shapes.items()
     hollow = {ours: np.broadcast_to(np.float32(0), shape) for ours, shape in shapes}
@@ -282,8 +290,11 @@ def _read_settings(reader: GGUFReader, *, tied: bool) -> ModelConfig:
     return ModelConfig.from_shape("gpt2" if gpt2 else "modern", **fields)
 
 
-def _add_tokenizer(writer: GGUFWriter, tokenizer: Tokenizer, vocab_size: int) -> None:
-    """Every tokenizer of ours goes as byte-level BPE, in the letters of `byte_alphabet`."""
+def _add_tokenizer(writer: GGUFWriter, tokenizer: Tokenizer, vocab_size: int) -> int:
+    """Every tokenizer of ours goes as byte-level BPE, in the letters of `byte_alphabet`.
+
+    Returns the id that ends a text.
+    """
     types = _package().TokenType
     texts, kinds = [f"[PAD{i}]" for i in range(vocab_size)], [types.UNUSED] * vocab_size
     vocab: dict[str, int] = tokenizer.spec["model"]["vocab"]
@@ -298,14 +309,16 @@ def _add_tokenizer(writer: GGUFWriter, tokenizer: Tokenizer, vocab_size: int) ->
     # there is no end of text, an id that never comes must stand for it.
     end = vocab_size - 1 if tokenizer.end_of_text is None else tokenizer.end_of_text
     if tokenizer.kind == "char":
-        if UNKNOWN not in vocab:
+        unknown = vocab.get(UNKNOWN)
+        if unknown is None and tokenizer.end_of_text is None:
             raise UserError(
                 "llama.cpp needs a token that ends a text, and this vocabulary of characters "
                 "(nanoGPT's) has none to spare; export to onnx or numpy"
             )
-        end = vocab[UNKNOWN]
-        kinds[end] = types.UNKNOWN
-        writer.add_unk_token_id(end)
+        if unknown is not None:
+            kinds[unknown] = types.UNKNOWN
+            writer.add_unk_token_id(unknown)
+            end = unknown if tokenizer.end_of_text is None else end
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(_pattern_name(tokenizer))
     writer.add_token_list(texts)
@@ -316,6 +329,7 @@ def _add_tokenizer(writer: GGUFWriter, tokenizer: Tokenizer, vocab_size: int) ->
     writer.add_bos_token_id(before[0] if before else end)
     writer.add_eos_token_id(end)
     writer.add_add_bos_token(bool(before))
+    return end
 
 
 def _merges(tokenizer: Tokenizer) -> list[str]:

@@ -1,0 +1,383 @@
+"""The explorer's page in a real browser: its numbers are torch's, its words are there in both
+languages, and it stays usable whatever is asked of it."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tests.browser import PHONE, Explorer, explored
+from tests.conftest import tiny_config, tiny_model, weights_of
+
+import glassgpt
+from glassgpt.checkpoint import Checkpoint, save_model
+from glassgpt.tokenizer import byte_tokenizer
+from glassgpt.trace import Trace, record
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "modern"
+TEXT = "the cat sat"
+VIEWS = ["tour", "tokens", "map", "tensor", "attention", "lens", "next", "experiments", "loss",
+         "cache", "training"]  # fmt: skip
+
+
+def model_of_bytes(folder: Path, shape: str) -> Path:
+    tokenizer = byte_tokenizer()
+    config = tiny_config(shape, vocab_size=tokenizer.vocab_size, context_length=24)
+    save_model(folder, Checkpoint(config, weights_of(tiny_model(config)), tokenizer))
+    return folder
+
+
+def llama(folder: Path) -> Path:
+    """As transformers saves it, beside a tokenizer."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(3)
+    tokenizer = model_of_bytes(folder.with_name("tokenizer"), "modern")
+    LlamaForCausalLM(LlamaConfig(
+        vocab_size=byte_tokenizer().vocab_size, hidden_size=24, intermediate_size=44,
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=10,
+        max_position_embeddings=32, initializer_range=0.2,
+    )).save_pretrained(folder)  # fmt: skip
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tokenizer / name, folder / name)
+    return folder
+
+
+def trained(folder: Path) -> Path:
+    """A character model with the traces of a training: metrics, and a snapshot."""
+    shutil.copytree(GOLDEN, folder)
+    shutil.copytree(GOLDEN, folder / "snapshots" / "10")
+    rows = [{"step": 10 * i, "tokens": 40 * i, "train_loss": 3 / (i + 1), "lr": 0.1,
+             "seconds": 1.0 * i, "val_loss": 3.1 / (i + 1)} for i in range(4)]  # fmt: skip
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+MAKE = {
+    "character": trained,
+    "gpt2": lambda folder: model_of_bytes(folder, "gpt2"),
+    "modern": lambda folder: model_of_bytes(folder, "modern"),
+    "llama": llama,
+}
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Explorer]:
+    with explored(trained(tmp_path_factory.mktemp("runs") / "book")) as explorer:
+        yield explorer
+
+
+def expected(run: Path, text: str = TEXT) -> Trace:
+    loaded = glassgpt.load(run, device="cpu")
+    return record(loaded.model, torch.tensor([loaded.encode_prompt(text)]), loss=True)
+
+
+def same(cells: dict[tuple[int, ...], float | None], tensor: np.ndarray) -> int:
+    """Every cell is the tensor's; returns how many are masked."""
+    for index, value in cells.items():
+        wanted = tensor[index]
+        assert (value is None) or value == pytest.approx(float(wanted), abs=1e-4), index
+        assert (value is None) <= (wanted in (0, -math.inf)), index
+    return sum(value is None for value in cells.values())
+
+
+# -- numbers -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", MAKE)
+def test_tables_show_torchs_numbers(kind: str, tmp_path: Path) -> None:
+    run = MAKE[kind](tmp_path / kind)
+    truth = expected(run)
+    T = truth["logits"].shape[1]
+    later = T * (T - 1) // 2
+    with explored(run) as page:
+        for name in ("token_embedding", "blocks.1.qkv", "blocks.0.v", "blocks.1.scores",
+                     "blocks.1.masked_scores", "blocks.0.pattern", "blocks.1.mlp_hidden",
+                     "blocks.0.resid_post", "final", "logits"):  # fmt: skip
+            page.open("tensor", TEXT, tensor=name, head=1, table=True)
+            tensor = truth[name][0]
+            masked = same(page.cells(name), tensor)
+            assert masked == (later if name.endswith(("pattern", "masked_scores")) else 0), name
+        for stage in ("raw_scores", "scores", "masked_scores", "pattern"):
+            page.open("attention", TEXT, stage=stage, layer=1, head=2, table=True)
+            cells = page.cells(f"blocks.1.{stage}")
+            assert len(cells) == T * T
+            masked = same(cells, truth[f"blocks.1.{stage}"][0])
+            assert masked == (later if stage in ("masked_scores", "pattern") else 0)
+        gathered(page, truth)
+        renormalised(page, truth)
+
+
+def gathered(page: Explorer, truth: Trace) -> None:
+    """Shares times values, at one position; added up they are the head's output."""
+    page.open("attention", TEXT, stage="weighted", layer=1, head=2, position=4, table=True)
+    group = truth.config.n_head // truth.config.n_kv_head
+    value, share = truth["blocks.1.v"][0, 2 // group], truth["blocks.1.pattern"][0, 2, 4]
+    cells = page.cells("blocks.1.weighted")
+    assert len(cells) == 5 * value.shape[1]
+    for (_, _, s, d), got in cells.items():
+        assert got == pytest.approx(float(share[s] * value[s, d]), abs=1e-4)
+    off = page.page.locator("[data-off]").get_attribute("data-off")
+    assert float(off) < 1e-4
+
+
+def renormalised(page: Explorer, truth: Trace) -> None:
+    with page.change():
+        page.page.click("text=4 softmax")
+    with page.change():
+        page.page.check("#hide-first")
+    pattern = truth["blocks.1.pattern"][0, 2].copy()
+    pattern[:, 0] = 0
+    for (_, t, s), got in page.cells("blocks.1.pattern").items():
+        if got is not None:
+            assert got == pytest.approx(float(pattern[t, s] / pattern[t].sum()), abs=1e-4)
+        assert (got is None) == (s > t or s == 0)
+
+
+def test_where_a_cell_came_from(page: Explorer) -> None:
+    truth = expected(GOLDEN)
+    page.open("tensor", TEXT, tensor="blocks.1.resid_post", cell=[3, 5])
+    shown = page.page.locator(".terms")
+    number = lambda name: float(shown.locator(f"[data-{name}]").get_attribute(f"data-{name}"))  # noqa: E731
+    assert number("cell") == pytest.approx(float(truth["blocks.1.resid_post"][0, 3, 5]), abs=1e-4)
+    assert number("total") == pytest.approx(number("cell"), abs=1e-4)
+    rows = shown.locator("tbody tr")
+    terms = [float(row.get_attribute("data-value")) for row in rows.all()]
+    rest = shown.locator("[data-rest]")
+    left = float(rest.get_attribute("data-rest")) if rest.count() else 0.0
+    assert sum(terms) + left == pytest.approx(number("total"), abs=1e-6)
+    with page.change():  # terms lead on to the cells that they are
+        shown.locator("button.link").first.click()
+    assert "resid_post" not in page.page.locator(".terms .formula").inner_text().split("=")[0]
+
+
+def test_tokens_with_white_space_and_bytes(tmp_path: Path) -> None:
+    with explored(model_of_bytes(tmp_path / "bytes", "gpt2")) as page:
+        page.open("tokens", "a é\n", position=2)
+        texts = page.page.locator("#prompt-tokens .token b").all_inner_texts()
+        assert texts == ["a", "·", "C3", "A9", "⏎"]
+        rows = page.page.locator(".view-tokens tbody tr[data-id]")
+        assert [row.locator(".hex").inner_text() for row in rows.all()] == ["61", "20", "C3", "A9",
+                                                                           "0A"]  # fmt: skip
+        with page.change():
+            page.page.fill("#prompt textarea", "ab")
+        assert page.page.locator("#prompt-tokens .token b").all_inner_texts() == ["a", "b"]
+
+
+def test_map_shows_live_shapes_and_the_lines_of_the_model(page: Explorer) -> None:
+    page.open("map", TEXT, layer=1)
+    loaded = expected(GOLDEN)
+    n_outside = sum(op.layer is None for op in loaded.operations)
+    n_block = sum(op.layer == 1 for op in loaded.operations)
+    drawn = page.page.locator(".drawing [data-operation]")
+    assert drawn.count() == n_outside + n_block
+    shapes = [node.get_attribute("data-shape") for node in drawn.all()]
+    wanted = [op for op in loaded.operations if op.layer in (None, 1)]
+    assert shapes == [",".join(map(str, op.output)) for op in wanted]
+    softmax = next(i for i, op in enumerate(wanted) if op.name == "softmax")
+    drawn.nth(softmax).hover()
+    page.until(lambda: page.page.locator(".side h2").inner_text() == "softmax")
+    assert "scores.softmax(dim=-1)" in page.page.locator(".side .lit").inner_text()
+    page.page.locator(".side .symbol").last.hover()
+    assert "tokens" in page.page.locator("#tip").inner_text()
+
+
+# -- training, tour ------------------------------------------------------------------------------
+
+
+def test_training_curve_slider_and_a_run_in_progress(tmp_path: Path) -> None:
+    run = trained(tmp_path / "book")
+    with explored(run) as page:
+        page.open("training", TEXT, table=True)
+        assert page.cells("train_loss")[20,] == pytest.approx(1.0)
+        assert page.cells("val_loss")[30,] == pytest.approx(3.1 / 4)
+        with (run / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps({"step": 40, "train_loss": 0.5, "tokens": 160}) + "\n")
+        page.until(lambda: (40,) in page.cells("train_loss"))
+        with page.change():
+            page.page.locator(".moment input").fill("0")
+        assert "snapshot=10" in page.page.url
+        assert page.page.locator(".moment output").inner_text() == "step 10"
+        written = page.page.locator(".written [data-id]")
+        ids = [int(one.get_attribute("data-id")) for one in written.all()]
+        text = glassgpt.load(run).generate(TEXT, max_new_tokens=len(ids), seed=1337).text
+        assert "".join(written.all_inner_texts()) == text
+
+
+def test_tour_asks_before_it_shows(page: Explorer) -> None:
+    truth = expected(GOLDEN)
+    page.open("tour", TEXT, stop=1)
+    assert page.page.locator("[data-answer]").count() == 0
+    options = page.page.locator(".option")
+    assert options.count() == 4
+    options.first.click()
+    answer = page.page.locator("[data-answer]").get_attribute("data-answer")
+    assert int(answer) == truth["logits"][0, -1].argmax()
+    assert page.page.locator(".option.right").get_attribute("data-option") == answer
+    for stop in range(8):
+        page.open("tour", TEXT, stop=stop)
+        page.page.locator(".option").last.click()
+        assert page.page.locator(".option.right").count() == 1
+
+
+# -- for everybody -------------------------------------------------------------------------------
+
+
+def axe() -> str:
+    package = pytest.importorskip("axe_playwright_python", reason="left out: needs axe")
+    return (Path(package.__file__).parent / "axe.min.js").read_text()
+
+
+@pytest.mark.parametrize(("scheme", "lang", "table"), [
+    ("light", "en", False), ("dark", "zh", False), ("dark", "en", True), ("light", "zh", True),
+])  # fmt: skip
+def test_axe_finds_nothing(page: Explorer, scheme: Any, lang: str, table: bool) -> None:
+    page.page.emulate_media(color_scheme=scheme, reduced_motion="reduce")
+    for view in VIEWS:
+        page.open(view, TEXT, lang=lang, table=table, tensor="blocks.1.scores", cell=[0, 2, 1])
+        assert (
+            page.page.locator("html").get_attribute("lang") == {"en": "en", "zh": "zh-Hans"}[lang]
+        )
+        page.page.evaluate(axe())
+        found = page.page.evaluate("axe.run().then(result => result.violations)")
+        said = [f"{one['id']}: {node['html'][:150]} {node['failureSummary'][:300]}"
+                for one in found for node in one["nodes"]]  # fmt: skip
+        assert not said, (view, said[:5])
+    page.page.emulate_media(color_scheme="light", reduced_motion="no-preference")
+
+
+def test_a_phone_never_scrolls_sideways(page: Explorer) -> None:
+    usual = page.page.viewport_size
+    page.page.set_viewport_size(PHONE)
+    for view in VIEWS:
+        for lang, table in (("en", False), ("zh", True)):
+            page.open(view, TEXT, lang=lang, table=table)
+            assert page.overflow <= 0, (view, lang, table)
+    page.page.set_viewport_size(usual)
+
+
+def test_both_languages_have_every_word(page: Explorer) -> None:
+    page.open("tokens")
+    en, zh = page.page.evaluate(
+        """Promise.all([import("/words/en.js"), import("/words/zh.js")])
+           .then((all) => all.map((words) => words.default))"""
+    )
+    assert sorted(en) == sorted(zh)
+    views = page.page.evaluate("""import("/views/index.js").then(({VIEWS}) => VIEWS.map(
+        ({key, title, intro, words}) => ({key, title, intro, words})))""")
+    assert [view["key"] for view in views] == VIEWS
+    for view in views:
+        assert sorted(view["title"]) == sorted(view["intro"]) == ["en", "zh"]
+        assert sorted(view["words"]["en"]) == sorted(view["words"]["zh"]), view["key"]
+
+
+def test_keyboard_alone(page: Explorer) -> None:
+    keys = page.page.keyboard
+    page.open("tokens", TEXT)
+    keys.press("Tab")
+    assert page.page.evaluate("document.activeElement.className") == "skip"
+    keys.press("/")
+    assert page.page.evaluate("document.activeElement.tagName") == "TEXTAREA"
+    keys.type("]j")  # letters are letters here
+    assert page.page.input_value("#prompt textarea").endswith("]j")
+    page.open("attention", TEXT)
+    for key, state in (("j", "layer=1"), ("l", "head=1"), ("p", "position=9")):
+        with page.change():
+            keys.press(key)
+        assert state in page.page.url
+    page.page.focus(".view-attention .panel:nth-child(2) canvas")
+    for key in ("ArrowUp", "ArrowLeft"):
+        keys.press(key)
+    with page.change():
+        keys.press("Enter")
+    assert page.page.locator(".terms .formula").inner_text().startswith("blocks.1.pattern[1, 8, 8]")
+    keys.press("?")
+    assert page.page.locator("dialog[open] kbd").count() > 10
+    keys.press("Escape")
+    page.until(lambda: page.page.locator("dialog").count() == 0)
+    page.page.locator("#top .brand").focus()
+    with page.change():
+        keys.press("]")
+    assert "view=lens" in page.page.url
+
+
+def test_the_address_carries_everything(page: Explorer) -> None:
+    page.open("attention", TEXT, layer=1, head=3, position=4, stage="scores", theme="dark",
+              off=["0.mlp"])  # fmt: skip
+    assert page.page.locator("#head-title").inner_text().startswith("Layer 1, head 3")
+    assert page.page.locator("html").get_attribute("data-theme") == "dark"
+    assert (
+        page.page.locator('#prompt-tokens [aria-selected="true"]').get_attribute("data-at") == "4"
+    )
+    assert "0.mlp" in page.page.locator(".changes").inner_text()
+    page.press("#views a:has-text('Map')")
+    assert "view=map" in page.page.url
+    with page.change():
+        page.page.go_back()
+    assert page.page.locator("#head-title").inner_text().startswith("Layer 1, head 3")
+
+
+def test_saved_as_one_file(page: Explorer, tmp_path: Path) -> None:
+    page.open("attention", TEXT, table=True)
+    for words, ending in (("HTML", "html"), ("PNG", "png")):
+        page.page.click(".menu summary")
+        with page.page.expect_download() as download:
+            page.page.click(f".sheet button:has-text('{words}')")
+        download.value.save_as(tmp_path / f"view.{ending}")
+    html = (tmp_path / "view.html").read_text()
+    assert "data-value" in html
+    for outside in ("<script", "http://", "https://", 'src="/', "<link"):
+        assert outside not in html.replace("http://www.w3.org/", "")
+    assert (tmp_path / "view.png").read_bytes().startswith(b"\x89PNG")
+
+
+# -- what goes wrong -----------------------------------------------------------------------------
+
+
+def test_an_address_that_asks_for_too_much(page: Explorer) -> None:
+    page.open("attention", TEXT, layer=99, head=77, position=500)
+    page.says("Layer 99 does not exist: this model and text have 0 to 1")
+    page.says("Head 77")
+    page.says("Position 500")
+    assert page.page.locator("#head-title").inner_text().startswith("Layer 1, head 3")
+    page.open("tensor", TEXT, tensor="blocks.9.q")
+    page.says("no tensor “blocks.9.q”")
+    page.open("nonsense", TEXT)
+    page.says("no view “nonsense”")
+
+
+def test_text_that_does_not_fit(page: Explorer) -> None:
+    page.open("tokens", TEXT)
+    page.page.fill("#prompt textarea", "the cat " * 40)
+    page.says("48")  # the context
+    with page.change():
+        page.page.fill("#prompt textarea", "the ☃")
+    page.says("☃")
+    with page.change():
+        page.page.fill("#prompt textarea", TEXT)
+    assert page.alerts() == []
+
+
+def test_a_run_that_is_deleted_and_a_server_that_ends(tmp_path: Path) -> None:
+    run = trained(tmp_path / "book")
+    with explored(run) as page:
+        page.open("tokens", TEXT)
+        run.rename(tmp_path / "elsewhere")
+        page.page.fill("#prompt textarea", "the dog")
+        page.says("is gone")
+        (tmp_path / "elsewhere").rename(run)
+        with page.change():
+            page.page.fill("#prompt textarea", "the do")
+        assert page.alerts() == []
+        page.server.terminate()
+        page.server.wait()
+        page.page.fill("#prompt textarea", "the d")
+        page.says("server does not answer")
+        assert page.page.locator("#views a").count() == len(VIEWS)

@@ -1,0 +1,156 @@
+"""`glassgpt trace`: what it says of a pass is what the pass computed."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import tiny_config, tiny_model, weights_of
+from glassgpt.api import LoadedModel
+from glassgpt.checkpoint import Checkpoint
+from glassgpt.errors import UserError
+from glassgpt.looking import describe_preset, look
+from glassgpt.tokenizer import CharTokenizer
+
+LETTERS = [chr(ord("a") + i) for i in range(26)] + list(" .,!?0123")
+TEXT = "abcab ca"
+
+
+@pytest.fixture(params=["gpt2", "modern"])
+def loaded(request: pytest.FixtureRequest) -> LoadedModel:
+    tokenizer = CharTokenizer.from_characters(LETTERS)
+    config = tiny_config(request.param, vocab_size=tokenizer.vocab_size)
+    model = tiny_model(config)
+    return LoadedModel(Checkpoint(config, weights_of(model), tokenizer), "cpu", "tiny")
+
+
+def logits(loaded: LoadedModel, text: str = TEXT) -> torch.Tensor:
+    with torch.no_grad():
+        return loaded.model(torch.tensor([loaded.tokenizer.encode(text)]))[0]
+
+
+def test_operations_of_one_block_or_of_all(loaded: LoadedModel) -> None:
+    lines = look(loaded, TEXT)
+    assert lines[0].split()[:3] == ["operation", "gives", "shape"]
+    assert sum("attn.qkv" in line for line in lines) == 1
+    assert sum("attn.qkv" in line for line in look(loaded, TEXT, every=True)) == 2
+    assert "block 1:" in look(loaded, TEXT, layer=1)
+    assert f"{loaded.config.n_parameters:,}" in "\n".join(lines)
+
+
+def test_the_last_line_of_the_lens_is_the_likeliest_next_token(loaded: LoadedModel) -> None:
+    best = logits(loaded)[-1].softmax(-1)
+    last = look(loaded, TEXT, show="lens")[-1].split("  ")
+    label, chance = next(cell for cell in last[1:] if cell.strip()).rsplit(" ", 1)
+    assert float(chance) == pytest.approx(best.max().item(), abs=5e-4)
+    shown = loaded.tokenizer.decode([int(best.argmax())])
+    assert label.strip() == shown.replace(" ", "␣")
+
+
+def test_losses_are_those_of_the_logits(loaded: LoadedModel) -> None:
+    ids = torch.tensor(loaded.tokenizer.encode(TEXT))
+    expected = torch.nn.functional.cross_entropy(logits(loaded)[:-1], ids[1:], reduction="none")
+    rows = [line.split() for line in look(loaded, TEXT, show="loss")[1:]]
+    assert [float(row[1]) for row in rows[:-1]] == pytest.approx(expected.tolist(), abs=1e-4)
+    assert float(rows[-1][1]) == pytest.approx(expected.mean().item(), abs=1e-4)
+    ranks = [int((row > row[i]).sum()) + 1 for row, i in zip(logits(loaded), ids[1:], strict=False)]
+    assert [int(row[2]) for row in rows[:-1]] == ranks
+    with pytest.raises(UserError, match="two tokens at least"):
+        look(loaded, "a", show="loss")
+
+
+def test_contributions_add_up_to_what_is_said(loaded: LoadedModel) -> None:
+    lines = look(loaded, TEXT, show="attribution", token="c")
+    rows = [line.rsplit(maxsplit=1) for line in lines[1:]]
+    assert rows[-1][0] == "logit of c"
+    values = [float(value) for _, value in rows]
+    assert sum(values[:-1]) == pytest.approx(values[-1], abs=2e-3)
+    wanted = logits(loaded)[-1, loaded.tokenizer.encode("c")[0]].item()
+    assert values[-1] == pytest.approx(wanted, abs=2e-4)
+
+
+def test_what_is_switched_off_is_said_to_matter(loaded: LoadedModel) -> None:
+    before, after = look(loaded, TEXT, off=["1"])[:2]
+    assert before.startswith("as it is: loss ")
+    assert after.startswith("changed: loss ")
+    assert before.split("loss")[1] != after.split("loss")[1]
+    everything = look(loaded, TEXT, patch_from="bcabc ab", parts=["blocks.0.resid_pre"])
+    there = look(loaded, "bcabc ab", off=[], show="lens")[-1].split("  ")
+    chance = next(cell for cell in there[1:] if cell.strip()).rsplit(" ", 1)[1]
+    assert chance in everything[1]
+
+
+def test_the_patch_of_the_last_place_of_the_last_block_is_the_other_text(
+    loaded: LoadedModel,
+) -> None:
+    lines = look(loaded, TEXT, show="patch", patch_from="bcabc ab", token="d")
+    moved = float(lines[-1].split()[-1])
+    d = loaded.tokenizer.encode("d")[0]
+    expected = logits(loaded, "bcabc ab")[-1, d] - logits(loaded)[-1, d]
+    assert moved == pytest.approx(expected.item(), abs=6e-3)
+    assert {float(x) for x in lines[-1].split()[1:-1]} == {0.0}
+
+
+@pytest.mark.parametrize("show", ["lens", "attribution", "loss", "patch"])
+def test_figures_name_their_axes(loaded: LoadedModel, tmp_path: Path, show: str) -> None:
+    other = "bcabc ab" if show == "patch" else None
+    target = tmp_path / "figure.svg"
+    lines = look(loaded, TEXT, show=show, patch_from=other, out=str(target))  # type: ignore
+    assert lines[-1] == f"figure: {target}"
+    texts = re.findall(r"<text[^>]*>([^<]*)</text>", target.read_text())
+    wanted = {"lens": "token that was read", "attribution": "added to the logit",
+              "loss": "loss (nats)", "patch": "token whose place is taken"}  # fmt: skip
+    assert wanted[show] in texts
+    assert ("block 1" if show in ("lens", "patch") else "1.mlp" if show != "loss" else "b") in texts
+    with pytest.raises(UserError, match="--overwrite replaces it"):
+        look(loaded, TEXT, show=show, patch_from=other, out=str(target))  # type: ignore
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (dict(off=["7.mlp"]), "no block 7; the model has 2"),
+        (dict(layer=2), "layer=2: the model has blocks 0 to 1"),
+        (dict(out="x.png"), "operations are a table"),
+        (dict(show="lens", out="x.gif"), "a figure is a .png"),
+        (dict(parts=["0"]), "name it with --patch-from"),
+        (dict(show="patch"), "give --patch-from"),
+        (dict(show="attribution", token="ab"), "'ab' is 2 tokens"),
+        (dict(patch_from="abc", parts=["0"]), "texts with as many tokens"),
+        (dict(patch_from="abc", show="patch"), "texts with as many tokens"),
+    ],
+)
+def test_what_can_not_be_shown(loaded: LoadedModel, options: dict, says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        look(loaded, TEXT, **options)
+
+
+def test_unknown_characters_are_named_and_too_long_a_text_is_refused(loaded: LoadedModel) -> None:
+    assert look(loaded, "ab#c")[0].startswith("note: not in the training text")
+    with pytest.raises(UserError, match="14 tokens; the context holds 1 to 13"):
+        look(loaded, "a" * 14)
+    assert look(loaded, "")  # the token before texts
+
+
+def test_a_preset_without_weights() -> None:
+    text = describe_preset("gpt2-124m", {}, 10, 2)
+    assert "(2, 12, 10, 64)" in text
+    assert "124,337,664" in text  # without biases, as nanoGPT
+    with pytest.raises(UserError, match="tokens=2000; the context holds 1 to 1024"):
+        describe_preset("gpt2-124m", {}, 2000, 1)
+    small = describe_preset(None, {"n_layer": 1, "n_embd": 32, "n_head": 2}, 5, 1)
+    assert "(1, 2, 5, 16)" in small
+    assert "vocabulary of 96 tokens (char)" in small
+
+
+def test_trace_from_python(loaded: LoadedModel) -> None:
+    trace = loaded.trace(TEXT)
+    assert isinstance(trace["blocks.1.pattern"], np.ndarray)
+    np.testing.assert_allclose(trace["logits"][0], logits(loaded).numpy(), atol=1e-5)
+    assert trace["loss"].shape == (1, len(TEXT) - 1)
+    edited = loaded.trace(TEXT, off=["0.h1"])
+    assert not np.allclose(edited["logits"], trace["logits"])

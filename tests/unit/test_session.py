@@ -1,0 +1,137 @@
+"""What the explorer's page asks, without a server: models of every family, memory, tokens."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tests.conftest import tiny_config, tiny_model, weights_of
+from tests.unit.test_trace import FAMILIES
+
+from glassgpt.checkpoint import Checkpoint, save_model
+from glassgpt.errors import UserError
+from glassgpt.explore import session as sessions
+from glassgpt.explore.drawing import in_context
+from glassgpt.explore.requests import SampleRequest, TraceRequest
+from glassgpt.explore.session import NotHeldError, Session
+from glassgpt.explore.words import likeliest, merges
+from glassgpt.tokenizer import CharTokenizer, Tokenizer, byte_tokenizer, train_bpe
+
+LETTERS = CharTokenizer.from_characters([chr(97 + i) for i in range(26)] + list(" .,!?\n-:;'"))
+
+
+def saved(folder: Path, tokenizer: Tokenizer = LETTERS, **fields: Any) -> str:
+    config = tiny_config(**{"vocab_size": tokenizer.vocab_size, **fields})
+    save_model(folder, Checkpoint(config, weights_of(tiny_model(config)), tokenizer))
+    return str(folder)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_answers_every_question(tmp_path: Path, family: str) -> None:
+    session = Session(saved(tmp_path, **FAMILIES[family]), device="cpu")
+    answer = session.trace(TraceRequest(text="a fox"))
+    key, T = answer["trace"], len(answer["tokens"])
+    model = session.loaded(TraceRequest()).model
+    logits = model(torch.tensor([[one["id"] for one in answer["tokens"]]]))[0]
+    chance = logits[-1].softmax(-1)
+    for token in answer["next"]["top"]:
+        assert token["p"] == pytest.approx(chance[token["id"]].item(), abs=1e-6)
+    np.testing.assert_allclose(session.tensor(key, "logits"), logits.detach(), atol=1e-5)
+    for one in answer["activations"]:
+        cell = session.cell(key, one["name"], [0] * len(one["shape"]))
+        assert cell["total"] == pytest.approx(cell["value"], abs=1e-4)
+    assert len(session.lens(key)["rows"]) == model.config.n_layer + 1
+    assert len(session.loss(key)["loss"]) == T
+    parts = session.attribution(key)
+    assert sum(p["value"] for p in parts["parts"]) == pytest.approx(parts["logit"], abs=1e-4)
+    assert session.model()["operations"]
+    drawn = session.sample(SampleRequest(prompt=[1, 2], n=20, temperature=0))["tokens"]
+    assert len(drawn) == 20
+    assert json.dumps(session.model())
+
+
+def test_a_tiny_llama_of_transformers(tmp_path: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    theirs = LlamaForCausalLM(LlamaConfig(
+        vocab_size=257, hidden_size=24, intermediate_size=40, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=32,
+        initializer_range=0.3, attn_implementation="eager",
+    )).eval()  # fmt: skip
+    theirs.save_pretrained(tmp_path)
+    spec = json.dumps(byte_tokenizer().spec)
+    (tmp_path / "tokenizer.json").write_text(spec)
+    session = Session(str(tmp_path), device="cpu")
+    key = session.trace(TraceRequest(text="a llama"))["trace"]
+    with torch.no_grad():
+        out = theirs(torch.tensor([list(b"a llama")]), output_attentions=True,
+                     output_hidden_states=True)  # fmt: skip
+    np.testing.assert_allclose(session.tensor(key, "logits"), out.logits[0], atol=1e-4)
+    np.testing.assert_allclose(session.tensor(key, "blocks.1.resid_pre"), out.hidden_states[1][0],
+                               atol=1e-4)  # fmt: skip
+    for head in range(4):
+        np.testing.assert_allclose(session.tensor(key, "blocks.1.pattern", head),
+                                   out.attentions[1][0, head], atol=1e-5)  # fmt: skip
+    cell = session.cell(key, "blocks.1.q", [3, 5, 2])
+    assert cell["how"] == "rotation"
+    assert abs(cell["difference"]) < 1e-5
+
+
+def test_old_traces_make_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = Session(saved(tmp_path), device="cpu")
+    first = session.trace(TraceRequest(text="a fox"))["trace"]
+    monkeypatch.setattr(sessions, "_MOST_BYTES", 2 * session.held(first)[0].n_bytes)
+    second = session.trace(TraceRequest(text="a cat"))["trace"]
+    assert session.trace(TraceRequest(text="a fox"))["trace"] == first  # the same, and now newest
+    third = session.trace(TraceRequest(text="a dog"))["trace"]
+    session.maps(first)
+    session.maps(third)
+    with pytest.raises(NotHeldError, match="no longer held"):
+        session.maps(second)
+    assert session.trace(TraceRequest(text="a cat"))["trace"] == second
+
+
+def test_an_empty_text_and_unknown_characters(tmp_path: Path) -> None:
+    session = Session(saved(tmp_path), device="cpu")
+    assert [t["text"] for t in session.trace(TraceRequest())["tokens"]] == ["\n"]
+    assert "'7'" in session.trace(TraceRequest(text="a 7"))["note"]
+    with pytest.raises(UserError, match="14 tokens, but the model's context holds 13"):
+        session.trace(TraceRequest(text="a" * 14))
+
+
+def test_a_classifier_is_refused(tmp_path: Path) -> None:
+    config = tiny_config(vocab_size=LETTERS.vocab_size)
+    weights = weights_of(tiny_model(config))
+    weights["score.weight"] = np.zeros((2, config.n_embd), np.float32)
+    save_model(tmp_path, Checkpoint(config, weights, LETTERS, labels=("good", "bad")))
+    with pytest.raises(UserError, match="is a classifier"):
+        Session(str(tmp_path), device="cpu")
+
+
+def test_bpe_builds_a_token_from_bytes() -> None:
+    tokenizer = train_bpe(["the other mother thinks that the father is there "] * 9, 300)
+    for token in range(tokenizer.vocab_size):
+        steps, content = merges(tokenizer, token), tokenizer.token_bytes(token)
+        if token in tokenizer.special.values() or len(content) == 1:
+            assert steps == []
+            continue
+        assert len(steps) == len(content) - 1
+        assert all(left + right == whole for left, right, whole in steps)
+        assert steps[-1][2].encode() == content
+
+
+def test_the_likeliest_are_those_of_a_stable_sort() -> None:
+    chance = np.array([0.1, 0.3, 0.1, 0.3, 0.2, 0.0])
+    for n in range(1, 9):
+        assert likeliest(chance, n).tolist() == [1, 3, 4, 0, 2, 5][:n]
+
+
+def test_a_full_context_starts_again_with_its_half() -> None:
+    held = [in_context(2, list(range(n)), 4) for n in range(2, 9)]
+    assert held == [[0, 1], [0, 1, 2], [0, 1, 2, 3], [3, 4], [3, 4, 5], [3, 4, 5, 6], [6, 7]]
+    assert in_context(9, list(range(9)), 4) == [5, 6, 7, 8]
