@@ -115,6 +115,30 @@ def test_tables_show_torchs_numbers(kind: str, tmp_path: Path) -> None:
         renormalised(page, truth)
 
 
+def test_a_full_context_sends_little_before_a_head_is_opened(tmp_path: Path) -> None:
+    """As many tokens, layers and heads as GPT-2 has, in a narrow model."""
+    tokenizer, H = byte_tokenizer(), 12
+    config = tiny_config("gpt2", vocab_size=tokenizer.vocab_size, context_length=1024, n_layer=12,
+                         n_head=H, n_embd=4 * H, n_hidden=50)  # fmt: skip
+    save_model(tmp_path / "run", Checkpoint(config, weights_of(tiny_model(config)), tokenizer))
+    text = "".join(chr(97 + i * i % 26) for i in range(1024))
+    with explored(tmp_path / "run") as page:
+        sent: list[int] = []
+        page.page.on("response", lambda answer: sent.append(int(answer.headers["content-length"])))
+        for view in ("tokens", "map", "attention"):
+            page.open(view, text, layer=11, head=3)
+        assert 200_000 < sum(sent) < 2_000_000  # three fresh pages, the maps of 144 heads
+        with page.change():
+            page.page.get_by_role("button", name="Open this head (4.2 MB)").click()
+        assert max(sent) == 4 * 1024**2
+        pattern = expected(tmp_path / "run", text)["blocks.11.pattern"][0]
+        with page.change():
+            page.page.get_by_role("button", name="Table").click()
+        cells = page.cells("blocks.11.pattern")
+        assert len(cells) <= 64 * 64
+        same(cells, pattern)
+
+
 def gathered(page: Explorer, truth: Trace) -> None:
     """Shares times values, at one position; added up they are the head's output."""
     page.open("attention", TEXT, stage="weighted", layer=1, head=2, position=4, table=True)
