@@ -138,7 +138,8 @@ function showSteps(app, table, steps) {
 /** Where the bytes come from, factor by factor; and what a full context takes. */
 function showBytes(app, root, steps) {
   const { t, model } = app;
-  const { n_layer: L, n_kv_head: K, n_head: H, head_dim: D, context_length: context } = model.config;
+  const { n_layer: L, n_kv_head: K, n_head: H, head_dim: D } = model.config;
+  const context = model.context_length;
   const each = model.cache_bytes_per_token;
   const size = each / (2 * L * K * D);
   const held = steps.length ? steps.at(-1).cache_bytes : 0;
@@ -159,7 +160,8 @@ function showBytes(app, root, steps) {
         line(t("now", { n: count(T) }), held, "now"),
         line(t("full", { n: count(context) }), each * context, "full"),
         line(t("weights"), model.parameters * size, "weights"))),
-    ...(K < H ? [el("p", { class: "aside" }, t("grouped", { K, H, times: brief(H / K, 2) }))] : []));
+    ...(K < H ? [el("p", { class: "aside" }, t("grouped", { K, H, times: brief(H / K, 2) }))]
+      : []));
 }
 
 const line = (text, n, index) => el("tr", { "data-name": "cache", "data-index": index,

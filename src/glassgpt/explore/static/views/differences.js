@@ -1,6 +1,6 @@
-/* Part of view 7: two passes against each other: the next token's probabilities, every token's loss.
+/* Part of view 7: two passes against each other: what is next, and every token's loss.
 
-   const panel = differences(app); panel.update({a, b, names, answer}), answer of GET /api/compare */
+   const panel = differences(app); panel.update({a, b, names, answer})   answer: GET /api/compare */
 
 import { el } from "../parts/dom.js";
 import { brief, percent } from "../parts/numbers.js";
@@ -13,7 +13,8 @@ export function differences(app) {
   const losses = el("div", { class: "loss-changes" });
   const root = el("section", { class: "panel", "aria-label": t("result") },
     el("h2", null, t("result")), facts, el("h3", null, t("next")),
-    el("div", { class: "scroll tall", tabindex: "0", role: "group", "aria-label": t("next") }, next),
+    el("div", { class: "scroll tall", tabindex: "0", role: "group", "aria-label": t("next") },
+      next),
     losses);
 
   return {

@@ -16,8 +16,8 @@ export default {
   key: "experiments",
   title: { en: "Experiments", zh: "实验" },
   intro: {
-    en: "A claim about what a part does is worth little until the part is taken away. Switch heads, "
-      + "MLPs and whole blocks off, or give them what they computed for another text, and see "
+    en: "A claim about what a part does is worth little until the part is taken away. Switch "
+      + "heads, MLPs and whole blocks off, or give them what they computed for another text, and see "
       + "what becomes of the prediction.",
     zh: "关于某个部件作用的说法，只有把它拿掉才能检验。关闭注意力头、MLP 或整个块，"
       + "或者换成它们在另一段文本上的结果，看预测会变成什么样。",
@@ -114,7 +114,8 @@ async function promptPair(app, state, signal) {
   const parts = state.patch?.parts ?? [];
   const plainly = { a, b: other, other, names: [t("firstText"), t("otherText")] };
   if (here !== there) return { pair: plainly, note: t("lengths", { a: here, b: there }) };
-  const take = (next) => app.set({ patch: next.length ? { text: state.other, parts: next } : null });
+  const take = (next) => app.set({ patch: next.length
+    ? { text: state.other, parts: next } : null });
   const chosen = { label: t("grid.patch"), parts, takes: true,
     toggle: (part) => take(flipped(parts, part)) };
   if (!parts.length) return { pair: plainly, chosen, note: t("patchNone") };

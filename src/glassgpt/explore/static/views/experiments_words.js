@@ -7,12 +7,13 @@ export default {
     fill: "In its place", "fill.zero": "zero", "fill.mean": "the mean over positions",
     reset: "Reset",
     other: "Second text (Enter takes it)",
-    otherEmpty: "Write a second text: compare what the model expects after each, and patch parts of "
-      + "one into the other.",
+    otherEmpty: "Write a second text: compare what the model expects after each, and patch parts "
+      + "of one into the other.",
     lengths: "The texts have {a} and {b} tokens. They are compared; patching needs as many.",
     offNone: "Nothing is switched off. Choose parts in the grid.",
     offNow: "Off: {parts}. Every view shows the model without them until you reset.",
-    patchNone: "Both texts have as many tokens: choose parts that the first one takes from the second.",
+    patchNone: "Both texts have as many tokens: choose parts that the first one takes from the "
+      + "second.",
     patchNow: "Taken from the second text: {parts}.",
     modelsNote: "{a} and {b} read the same text, both whole.",
     "grid.off": "What is switched off", "grid.patch": "What comes from the second text",

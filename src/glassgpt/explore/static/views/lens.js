@@ -45,12 +45,14 @@ export default {
       same: "A framed cell already gives the final answer.",
       attribution: "Who wrote this logit?",
       attributionNote: "The logit of a token is a plain sum: everything that was ever added to the "
-        + "residual stream, read by the head (direct logit attribution; the final norm held fixed).",
+        + "residual stream, read by the head (direct logit attribution; the final norm is held "
+        + "fixed).",
       of: "Logit of", against: "compared with", nobody: "nothing",
       part: "Part", value: "Adds", rest: "{n} smaller parts", total: "Sum = logit",
       totalAgainst: "Sum = difference of the logits",
       "part.token_embedding": "token embedding", "part.position_embedding": "position embedding",
-      "part.final_norm bias": "bias of the final norm", "part.attn bias": "block {n}: attention bias",
+      "part.final_norm bias": "bias of the final norm",
+      "part.attn bias": "block {n}: attention bias",
       "part.head": "block {n}: head {h}", "part.mlp": "block {n}: MLP",
       allParts: "Every part at its place", block: "Block",
       up: "pushes the token up", down: "pushes it down",

@@ -14,8 +14,8 @@ export default {
   title: { en: "Loss", zh: "损失" },
   intro: {
     en: "The loss of a token is −ln of the probability the model gave it: 0 means it was certain, "
-      + "and each unit more means 2.7 times less likely. Training is nothing but making the mean of "
-      + "these numbers small. Paste any text above and see where the model is surprised.",
+      + "and each unit more means 2.7 times less likely. Training is nothing but making the mean "
+      + "of these numbers small. Paste any text above and see where the model is surprised.",
     zh: "一个词元的损失是 −ln（模型给它的概率）：0 表示完全确定，每增加 1，可能性就小 2.7 倍。"
       + "训练不过是让这些数的平均值变小。在上方粘贴任意文本，看模型在哪里感到意外。",
   },
@@ -67,9 +67,10 @@ export default {
     const order = el("div", { class: "controls" });
     const table = el("table", { class: "losses" });
     const keys = roam(table);
-    root.append(el("section", { class: "panel", "aria-label": t("strip") }, facts, strip.root, scale),
-      detail, el("section", { class: "panel", "aria-label": t("every") }, el("h2", null, t("every")),
-        order, el("div", { class: "scroll tall" }, table)));
+    root.append(
+      el("section", { class: "panel", "aria-label": t("strip") }, facts, strip.root, scale), detail,
+      el("section", { class: "panel", "aria-label": t("every") }, el("h2", null, t("every")), order,
+        el("div", { class: "scroll tall" }, table)));
 
     return {
       async update(state, signal) {

@@ -1,7 +1,7 @@
 /* View 6: the next token's distribution, every filter in its order, and drawing by one's own hand.
 
    What is drawn comes from the server's sampler: the very tokens of `glassgpt sample` for the same
-   seed. What was drawn is a tree (tree.js); the ids that lead to where one stands are in the URL. */
+   seed. What was drawn is a tree (tree.js); the ids that lead to where one is are in the URL. */
 
 import { el, field } from "../parts/dom.js";
 import { roam } from "../parts/roam.js";
@@ -41,7 +41,7 @@ export default {
     const knobs = settings(app);
     let now = null; // node of the tree
     let here = null; // tree
-    const go = (node, options) => app.set({ drawn: tree.pathOf(node).map(({ id }) => id) }, options);
+    const go = (node) => app.set({ drawn: tree.pathOf(node).map(({ id }) => id) });
     const panel = distributionPanel(app, (token) => go(tree.grow(now, { ...token, how: "forced",
       end: token.id === app.model.tokenizer.end_of_text })));
 
@@ -113,7 +113,7 @@ export default {
           return;
         }
         const prompt = promptIds(app);
-        const begun = app.trace.tokens.map(({ id }) => id); // with the token an empty text begins with
+        const begun = app.trace.tokens.map(({ id }) => id); // of an empty text: one all the same
         const whole = state.drawn.length ? await second(app, { patch: null,
           tokens: seen(begun, state.drawn, app.model.context_length) }, signal) : null;
         now = tree.follow(here, state.drawn) ?? fromLink(app, here, state.drawn, whole.tokens);

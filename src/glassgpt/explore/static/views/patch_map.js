@@ -1,6 +1,6 @@
 /* Part of view 7: where in the model the difference between two texts lies: blocks x positions.
 
-   const map = patchMap(app); await map.update(other, signal)   other: trace of the second text, null
+   const map = patchMap(app); await map.update(other, signal)   other: the second text's trace, null
    A table whose cells are coloured; one forward pass a block, so long texts wait for a button. */
 
 import { choice, el, field } from "../parts/dom.js";

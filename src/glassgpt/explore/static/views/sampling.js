@@ -37,7 +37,8 @@ export function settings(app) {
 
 function number(app, name, take) {
   const input = el("input", { type: "number", min: 0, step: 1, id: `knob-${name}`,
-    onchange: () => take(input.value === "" ? null : Math.max(0, Math.round(Number(input.value)))) });
+    onchange: () => take(input.value === "" ? null
+      : Math.max(0, Math.round(Number(input.value)))) });
   return { input, root: el("div", { class: "field" },
     el("label", { for: input.id }, app.t(name)), input) };
 }
