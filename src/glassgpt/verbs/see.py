@@ -170,10 +170,11 @@ def trace(
 
     if run is None:
         if show != "operations" or off or patch_from or parts or token or out:
-            raise UserError("without a RUN there are no numbers to change, to show or to draw; name "
-                            "one, or give --preset, --tokens, --batch, --layer, --every alone")  # fmt: skip
-        print(describe_preset(preset, dict(options), 10 if tokens is None else tokens,
-                              1 if batch is None else batch, layer=layer, every=every))  # fmt: skip
+            raise UserError("without a RUN there are no numbers to change, to show or to draw; "
+                            "name one, or give only --preset, --tokens, --batch, --layer and "
+                            "--every")  # fmt: skip
+        n_tokens, batch = (10 if tokens is None else tokens), (1 if batch is None else batch)
+        print(describe_preset(preset, dict(options), n_tokens, batch, layer=layer, every=every))
         return
     if preset or options or tokens is not None or batch is not None:
         raise UserError("a RUN has its shape, and TEXT its tokens; --preset, --tokens, --batch and "
