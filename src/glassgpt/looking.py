@@ -32,9 +32,13 @@ from glassgpt.trace import Trace, record, shapes_of
 Show = Literal["operations", "lens", "attribution", "loss", "patch"]
 _SHOWN = 5  # tokens of a distribution
 _PARTS = 20  # of an attribution
+_MOST_TEXTS = 1 << 20  # side by side
 
 
-def describe_preset(preset: str | None, options: dict[str, Any], n_tokens: int, batch: int) -> str:
+def describe_preset(
+    preset: str | None, options: dict[str, Any], n_tokens: int = 10, batch: int = 1,
+    *, layer: int | None = None, every: bool = False,
+) -> str:  # fmt: skip
     """The table of a model without weights: what `train` with these options would make."""
     given = resolve_options(options, preset=preset)
     shape, data = split_options(given)[:2]
@@ -42,7 +46,9 @@ def describe_preset(preset: str | None, options: dict[str, Any], n_tokens: int, 
     config = ModelConfig.from_shape(shape.pop("shape"), vocab_size=text.vocab_size, **shape)
     if not 1 <= n_tokens <= config.context_length:
         raise UserError(f"tokens={n_tokens}; the context holds 1 to {config.context_length}")
-    table = shapes_of(config, n_tokens, batch).table()
+    if not 1 <= batch <= _MOST_TEXTS:
+        raise UserError(f"batch={batch} must be 1 to {_MOST_TEXTS:,}")
+    table = shapes_of(config, n_tokens, batch).table(layer, every=every)
     return f"{table}\nvocabulary of {text.vocab_size:,} tokens ({data.tokenizer})"
 
 
@@ -75,6 +81,15 @@ def look(
         raise UserError("--parts says what to take from another text; name it with --patch-from")
     if show == "patch" and (patch_from is None or parts):
         raise UserError("--show patch tries every place in turn: give --patch-from, no --parts")
+    if patch_from is not None and not parts and show != "patch":
+        raise UserError("--patch-from names a text; say with --parts what to take from it, or "
+                        "--show patch")  # fmt: skip
+    if show != "operations" and (layer is not None or every):
+        raise UserError(f"--layer and --every choose operations; --show {show} has all layers")
+    if layer is not None and every:
+        raise UserError("--layer shows one block and --every all; give one of them")
+    if token is not None and show not in ("attribution", "patch"):
+        raise UserError("--token goes with --show attribution or patch")
     looked = _Looked(model, text, off, fill, patch_from, parts)
     lines = looked.notes + (looked.effect() if looked.edits else [])
     lines += getattr(looked, show)(*([layer, every] if show == "operations" else [token]))

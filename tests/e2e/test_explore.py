@@ -79,7 +79,7 @@ class Server:
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     run = tmp_path_factory.mktemp("runs") / "book"
     shutil.copytree(GOLDEN, run)
-    shutil.copytree(GOLDEN, run / "snapshots" / "10")
+    shutil.copytree(GOLDEN, run / "snapshots" / "000010")
     row = {"step": 10, "tokens": 5, "seconds": 1.0, "train_loss": 2.5, "lr": 0.1, "grad_norm": 1}
     (run / "metrics.jsonl").write_text(json.dumps(row) + "\n")
     running = Server(run, "--with", GOLDEN)
@@ -236,6 +236,9 @@ def test_the_model_and_its_training(server: Server) -> None:
     ("/api/trace/KEY/tensor/blocks.1.q", None, 404, "heads 0 to 3"),
     ("/api/trace/KEY/cell/final?index=0,99", None, 404, "no cell"),
     ("/api/trace/KEY/cell/final?index=x", None, 400, "index"),
+    ("/api/trace/KEY/lens?k=-1", None, 400, "k=-1"),
+    ("/api/sample", {"prompt": [1], "sample": -1}, 400, "sample=-1"),
+    ("/api/sample", {"prompt": [1], "sample": 10**30}, 400, "must be 0 to"),
     ("/api/trace/KEY/attribution?token=99", None, 400, "outside the vocabulary"),
     ("/api/trace/KEY/distribution", {"top_p": 2}, 400, "top_p=2"),
     ("/api/trace/KEY/distribution", {"position": 77}, 404, "no position 77"),

@@ -53,7 +53,7 @@ def llama(folder: Path) -> Path:
 def trained(folder: Path) -> Path:
     """A character model with the traces of a training: metrics, and a snapshot."""
     shutil.copytree(GOLDEN, folder)
-    shutil.copytree(GOLDEN, folder / "snapshots" / "10")
+    shutil.copytree(GOLDEN, folder / "snapshots" / "000010")
     rows = [{"step": 10 * i, "tokens": 40 * i, "train_loss": 3 / (i + 1), "lr": 0.1,
              "seconds": 1.0 * i, "val_loss": 3.1 / (i + 1)} for i in range(4)]  # fmt: skip
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -233,6 +233,10 @@ def test_training_curve_slider_and_a_run_in_progress(tmp_path: Path) -> None:
         ids = [int(one.get_attribute("data-id")) for one in written.all()]
         text = glassgpt.load(run).generate(TEXT, max_new_tokens=len(ids), seed=1337).text
         assert "".join(written.all_inner_texts()) == text
+        page.press(".view-training .picture:not(.curve) button:has-text('Picture')")
+        assert page.page.locator(".view-training canvas").is_visible()
+        page.press(".view-training .curve button:has-text('Table')")
+        assert page.page.locator("table.heads").is_visible()
 
 
 def test_tour_asks_before_it_shows(page: Explorer) -> None:
@@ -375,6 +379,8 @@ def test_an_address_that_asks_for_too_much(page: Explorer) -> None:
     page.says("no tensor “blocks.9.q”")
     page.open("nonsense", TEXT)
     page.says("no view “nonsense”")
+    page.open("next", TEXT, sampling=None, drawn={"a": 1})  # as if it were not there
+    assert page.page.locator("#alerts .alert").count() == 0
 
 
 def test_text_that_does_not_fit(page: Explorer) -> None:

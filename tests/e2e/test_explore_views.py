@@ -142,6 +142,16 @@ def test_the_parts_of_a_logit_add_up_to_it(explorer: Views):
             assert shown[part.part] == pytest.approx(part.value, abs=1e-5)
 
 
+def test_the_parts_of_a_changed_model_add_up_too(explorer: Views):
+    explorer.open("lens", TEXT, off=["0.attn", "1"])
+    logits = explorer.logits(explorer.ids(), without(["0.attn", "1"], explorer.model.config))
+    written = explorer.values("attribution")
+    assert written["total"] == pytest.approx(logits[-1].max(), abs=1e-4)
+    assert sum(written.values()) - written["total"] == pytest.approx(written["total"], abs=1e-4)
+    shown = explorer.page.locator(".view-lens").inner_text()
+    assert "block 0: what was put in place" in shown
+
+
 def test_the_lens_moves_by_keyboard(modern: Views):
     modern.open("lens", TEXT, position=3)
     modern.page.focus('.lens [aria-pressed="true"]')

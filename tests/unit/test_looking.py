@@ -119,6 +119,10 @@ def test_figures_name_their_axes(loaded: LoadedModel, tmp_path: Path, show: str)
         (dict(show="lens", out="x.gif"), "a figure is a .png"),
         (dict(parts=["0"]), "name it with --patch-from"),
         (dict(show="patch"), "give --patch-from"),
+        (dict(patch_from="abcabc ab"), "say with --parts"),
+        (dict(show="lens", layer=0), "--layer and --every choose operations"),
+        (dict(layer=0, every=True), "give one of them"),
+        (dict(token="a"), "--token goes with"),
         (dict(show="attribution", token="ab"), "'ab' is 2 tokens"),
         (dict(patch_from="abc", parts=["0"]), "texts with as many tokens"),
         (dict(patch_from="abc", show="patch"), "texts with as many tokens"),
@@ -145,6 +149,10 @@ def test_a_preset_without_weights() -> None:
     assert "124,337,664" in text  # without biases, as nanoGPT
     with pytest.raises(UserError, match="tokens=2000; the context holds 1 to 1024"):
         describe_preset("gpt2-124m", {}, 2000, 1)
+    for batch in (0, -1, 10**20):
+        with pytest.raises(UserError, match=f"batch={batch} must be 1 to"):
+            describe_preset("gpt2-124m", {}, 10, batch)
+    assert "block 11:" in describe_preset("gpt2-124m", {}, 10, 1, layer=11)
     small = describe_preset(None, {"n_layer": 1, "n_embd": 32, "n_head": 2}, 5, 1)
     assert "(1, 2, 5, 16)" in small
     assert "vocabulary of 96 tokens (char)" in small

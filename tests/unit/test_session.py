@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,11 @@ import torch
 from tests.conftest import tiny_config, tiny_model, weights_of
 from tests.unit.test_trace import FAMILIES
 
-from glassgpt.checkpoint import Checkpoint, save_model
+from glassgpt.checkpoint import Checkpoint, load_model, save_model, save_snapshot
 from glassgpt.errors import UserError
 from glassgpt.explore import session as sessions
 from glassgpt.explore.drawing import in_context
-from glassgpt.explore.requests import SampleRequest, TraceRequest
+from glassgpt.explore.requests import DistributionRequest, SampleRequest, TraceRequest
 from glassgpt.explore.session import NotHeldError, Session
 from glassgpt.explore.words import likeliest, merges
 from glassgpt.tokenizer import CharTokenizer, Tokenizer, byte_tokenizer, train_bpe
@@ -94,6 +96,41 @@ def test_old_traces_make_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(NotHeldError, match="no longer held"):
         session.maps(second)
     assert session.trace(TraceRequest(text="a cat"))["trace"] == second
+
+
+def test_snapshots_that_are_no_longer_shown_leave_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = saved(tmp_path)
+    checkpoint = load_model(run)
+    for step in (0, 8, 16):
+        save_snapshot(tmp_path, step, checkpoint)
+    monkeypatch.setattr(sessions, "_MOST_MODELS", 1)
+    session = Session(run, device="cpu")
+    assert session.model()["snapshots"] == [0, 8, 16]
+    weights, traces = [], []
+    for step in (0, 8, 16):
+        traces.append(session.trace(TraceRequest(text="a fox", snapshot=step))["trace"])
+        session.sample(SampleRequest(prompt=[1, 2], snapshot=step))
+        model = session.loaded(TraceRequest(snapshot=step)).model
+        weights.append(weakref.ref(model.head.weight))
+        del model
+    gc.collect()
+    assert [weight() is None for weight in weights] == [True, True, False]
+    with pytest.raises(NotHeldError, match="no longer held"):
+        session.maps(traces[0])
+    session.maps(traces[2])
+
+
+def test_ids_that_no_text_has_are_never_next(tmp_path: Path) -> None:
+    session = Session(saved(tmp_path, vocab_size=LETTERS.vocab_size + 30), device="cpu")
+    answer = session.trace(TraceRequest(text="a fox"))
+    wanted = session.distribution(answer["trace"], DistributionRequest(show=20))
+    assert [one["p"] for one in answer["next"]["top"]] == [one["p"] for one in wanted["tokens"]]
+    last = session.lens(answer["trace"], k=20)["rows"][-1]["positions"][-1]
+    assert [one["p"] for one in last["top"]] == pytest.approx(
+        [one["p"] for one in wanted["tokens"]], abs=1e-6
+    )
 
 
 def test_an_empty_text_and_unknown_characters(tmp_path: Path) -> None:

@@ -116,6 +116,7 @@ class Reader:
             self._cache = self._cache or KVCache(self.model.config, 1, dtype=weight.dtype,
                                                  device=weight.device)  # fmt: skip
             self._cache.length = reused
+        self._tokens = self._tokens[:reused]  # all that is there, should the pass fail
         new = torch.tensor([list(tokens[reused:])], device=weight.device)
         if self.edits:
             logits = record(self.model, new, edits=self.edits, keep=["logits"], cache=self._cache,

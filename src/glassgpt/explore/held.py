@@ -87,7 +87,10 @@ class HeldTrace(Trace):
 
     @property
     def n_bytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.activations.values())
+        again = self._again[1] if self._again else {}
+        steps = self._steps[1] if self._steps else {}
+        tensors = [*self.activations.values(), *again.values(), *steps.values()]
+        return sum(one.nbytes for one in (*tensors, self.maps, self.last_logits))
 
     def shape(self, name: str) -> list[int]:
         """Without the batch."""

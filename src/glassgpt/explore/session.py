@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from glassgpt.api import LoadedModel
-from glassgpt.checkpoint import require_language_model
+from glassgpt.checkpoint import require_language_model, snapshots
 from glassgpt.config import ModelConfig
 from glassgpt.errors import UserError, nearest
 from glassgpt.explain import Cell, Sum, explain
@@ -40,6 +40,7 @@ from glassgpt.explore.requests import (
 from glassgpt.explore.words import describe, likeliest, merges, next_tokens, text_of
 from glassgpt.generate import draw, filter_logits, first_tokens, probabilities
 from glassgpt.lens import attribution, combine, find_part, logit_lens, patch_map, patched, without
+from glassgpt.model import GPT
 from glassgpt.runlog import read_metrics
 from glassgpt.tokenizer import Tokenizer, unknown_note
 from glassgpt.trace import Edit, record, shapes_of, source
@@ -47,6 +48,7 @@ from glassgpt.trace import Edit, record, shapes_of, source
 _MOST_BYTES = 1 << 30  # of held traces; the newest one is held anyway
 _MOST_MODELS = 3  # in memory, beside the one or two that were named
 _MOST_POSITIONS = 128  # of the lens in one answer: each is a whole vocabulary, L + 1 times
+_MOST_SAMPLES = 1 << 32  # whose random numbers differ
 _MOST_READERS = 4  # with a key/value cache each
 _STILL_RUNNING = 60.0  # seconds since the last line of metrics.jsonl
 _MOST_FLOPS = 5e12  # of a map of patches: about a minute on two cores
@@ -98,18 +100,26 @@ class Session:
             name: str | Path = self.runs[which.model]
             if which.snapshot is not None:
                 self.check_files()
-                name = run / "snapshots" / str(which.snapshot)
-                if which.snapshot not in snapshots(run):
+                kept = snapshots(run)
+                if which.snapshot not in kept:
                     raise MissingError(f"{run} has no snapshot {which.snapshot}; it has "
-                                  f"{', '.join(map(str, snapshots(run))) or 'none'}")  # fmt: skip
+                                       f"{', '.join(map(str, kept)) or 'none'}")  # fmt: skip
+                name = kept[which.snapshot]
             model = LoadedModel.from_folder(name, self.device)
             require_language_model(model.checkpoint, name)
             self._models[key] = model
             extra = [key for key in self._models if key[1] is not None]
             for old in extra[:-_MOST_MODELS]:
-                del self._models[old]
+                self._forget(self._models.pop(old).model)
         self._models.move_to_end(key)
         return self._models[key]
+
+    def _forget(self, model: GPT) -> None:
+        """Let go of what would keep its weights in memory."""
+        for key in [key for key, (held, _) in self._traces.items() if held.model is model]:
+            del self._traces[key]
+        for which in [which for which, reader in self._readers.items() if reader.model is model]:
+            del self._readers[which]
 
     def check_files(self) -> None:
         """Raises `UserError` when a run directory has gone since it was loaded."""
@@ -137,7 +147,7 @@ class Session:
             "tokenizer": {"kind": tokenizer.kind, "end_of_text": tokenizer.end_of_text},
             "labels": list(loaded.labels), "operations": operations,
             "source": {"file": "model.py", "text": source()}, "legend": LEGEND,
-            "cache_bytes_per_token": cache_bytes(loaded), "snapshots": snapshots(run),
+            "cache_bytes_per_token": cache_bytes(loaded), "snapshots": list(snapshots(run)),
             "training": (run / "metrics.jsonl").exists(),
         }  # fmt: skip
 
@@ -168,7 +178,8 @@ class Session:
                             for name, symbols in held.symbols.items()],
             "maps": {"side": held.maps.shape[-1], "layers": loaded.config.n_layer,
                      "heads": loaded.config.n_head},
-            "next": next_tokens(loaded.tokenizer, held.last_logits),
+            "next": next_tokens(loaded.tokenizer,
+                                held.last_logits[: loaded.tokenizer.vocab_size]),
             "seconds": time.monotonic() - began,
         }  # fmt: skip
 
@@ -245,15 +256,18 @@ class Session:
     ) -> dict[str, Any]:
         """What the head would say after each block, at the positions first to end."""
         held, tokenizer = self.held(key)
+        if k < 1:
+            raise UserError(f"k={k}: the lens shows 1 token or more")
         T = held.n_tokens
         end = T if end is None else min(end, T)
         first = max(0, end - 24) if first is None else max(0, first)
         if not 0 < end - first <= _MOST_POSITIONS:
             raise UserError(f"positions {first} to {end}: the lens shows 1 to {_MOST_POSITIONS}")
         rows: list[dict[str, Any]] = []
-        final = held.read("logits", None, slice(first, end)).argmax(-1).tolist()
+        V = tokenizer.vocab_size  # a padded vocabulary has ids that none draws
+        final = held.read("logits", None, slice(first, end))[:, :V].argmax(-1).tolist()
         for name, logits in logit_lens(held.model, held, slice(first, end)):
-            chance = logits[0].float().cpu().softmax(-1)  # (T', V)
+            chance = logits[0, :, :V].float().cpu().softmax(-1)  # (T', V)
             best = chance.topk(min(k, chance.size(-1)))
             spread = torch.special.entr(chance).sum(-1).tolist()
             positions = [
@@ -331,6 +345,8 @@ class Session:
         loaded, how = self.loaded(asked), asked.sampling(asked.seed)
         if not 0 <= asked.n <= _MOST_POSITIONS:
             raise UserError(f"n={asked.n}: 0 to {_MOST_POSITIONS} tokens at a time")
+        if not 0 <= asked.sample < _MOST_SAMPLES:
+            raise UserError(f"sample={asked.sample} must be 0 to {_MOST_SAMPLES - 1:,}")
         tokenizer, n_new = loaded.tokenizer, len(asked.new)
         prompt = loaded.encode_prompt(asked.prompt) or first_tokens(tokenizer)
         tokens = prompt + loaded.encode_prompt(asked.new)
@@ -412,7 +428,7 @@ class Session:
         step = -(-len(rows) // 800)  # evaluations stay, of the others every so-manieth
         rows = [row for i, row in enumerate(rows) if i % max(1, step) == 0
                 or row["val_loss"] is not None][-1000:]  # fmt: skip
-        return {"running": running, "rows": rows, "snapshots": snapshots(run),
+        return {"running": running, "rows": rows, "snapshots": list(snapshots(run)),
                 "guessing": math.log(self.loaded(Which()).config.vocab_size)}  # fmt: skip
 
 
@@ -437,12 +453,6 @@ def cache_bytes(loaded: LoadedModel) -> int:
     config = loaded.config
     numbers = 2 * config.n_layer * config.n_kv_head * config.head_dim
     return numbers * loaded.model.head.weight.element_size()
-
-
-def snapshots(run: Path) -> list[int]:
-    """The steps of which a run kept a model."""
-    found = (run / "snapshots").glob("*/config.json")
-    return sorted(int(path.parent.name) for path in found if path.parent.name.isdigit())
 
 
 def _name(run: str) -> str:

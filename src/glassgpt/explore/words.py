@@ -35,7 +35,7 @@ def next_tokens(tokenizer: Tokenizer, logits: np.ndarray, n: int = 20) -> dict[s
 
 def likeliest(chance: np.ndarray, n: int) -> np.ndarray:
     """Ids of the n largest, largest first; of equal ones the lowest ids."""
-    n = min(n, len(chance))
+    n = max(0, min(n, len(chance)))
     some = np.flatnonzero(chance >= np.partition(chance, -n)[-n])  # all would have to be sorted
     return some[np.argsort(-chance[some], kind="stable")][:n]
 

@@ -99,8 +99,8 @@ def trace(
     overwrite: bool = False,
     device: Device = "auto",
     preset: str | None = None,
-    tokens: int = 10,
-    batch: int = 1,
+    tokens: int | None = None,
+    batch: int | None = None,
     options: Annotated[TrainOptions, Parameter(name="*")] = {},  # noqa: B006
 ) -> None:
     """Look into one forward pass: every operation with its shapes, and what it means.
@@ -113,8 +113,8 @@ def trace(
     token. patch: which place of which layer makes the difference between two texts.
 
     With --off, parts are switched off first, with --patch-from and --parts taken from another
-    text: 3 is a block, 3.attn and 3.mlp are its halves, 3.h2 is a head; also names of activations
-    (blocks.3.resid_mid). What that changes is said. --out draws instead of the table.
+    text: 3 is a block, 3.attn and 3.mlp are its halves, 3.h2 is a head; --parts also takes names of
+    activations (blocks.3.resid_mid). What that changes is said. --out draws instead of the table.
 
     Without RUN, the model is the one that `train` with these options (--preset, --n-layer ...)
     would make, and has no numbers yet: shapes, parameters and FLOPs.
@@ -160,19 +160,25 @@ def trace(
     preset:
         Without RUN: a packaged recipe.
     tokens:
-        Without RUN: how many of them are read.
+        Without RUN: how many of them are read [10].
     batch:
-        Without RUN: texts side by side.
+        Without RUN: texts side by side [1].
     """
     import glassgpt
     from glassgpt.errors import UserError
     from glassgpt.looking import describe_preset, look
 
     if run is None:
-        print(describe_preset(preset, dict(options), tokens, batch))
+        if show != "operations" or off or patch_from or parts or token or out:
+            raise UserError("without a RUN there are no numbers to change, to show or to draw; "
+                            "name one, or give only --preset, --tokens, --batch, --layer and "
+                            "--every")  # fmt: skip
+        n_tokens, batch = (10 if tokens is None else tokens), (1 if batch is None else batch)
+        print(describe_preset(preset, dict(options), n_tokens, batch, layer=layer, every=every))
         return
-    if preset or options:
-        raise UserError("a RUN has its shape; --preset and options of training go without one")
+    if preset or options or tokens is not None or batch is not None:
+        raise UserError("a RUN has its shape, and TEXT its tokens; --preset, --tokens, --batch and "
+                        "options of training go without one")  # fmt: skip
     for line in look(glassgpt.load(run, device=device), read_prompt(text), show=show, layer=layer,
                      every=every, off=off, fill=fill, parts=parts, token=token, out=out,
                      patch_from=None if patch_from is None else read_prompt(patch_from),

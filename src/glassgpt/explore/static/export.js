@@ -1,6 +1,7 @@
-/* The view shown, as one file that needs nothing else: HTML (tables with every exact number), PNG.
+/* The view shown, as one file that needs nothing else: HTML or PNG.
 
-   await exportHtml(app). Canvases become pictures in the file; scripts stay behind. */
+   await exportHtml(app). Canvases become pictures in the file; where tables are shown instead of
+   them, these come along with every exact number. Scripts stay behind. */
 
 import { css } from "./parts/dom.js";
 
@@ -62,6 +63,9 @@ ${frozen().outerHTML}
   save(new Blob([page], { type: "text/html" }), `${name(app)}.html`);
 }
 
+// Characters that a token may have and XML may not, not even as &#1;
+const NOT_XML = /[\u0000-\u0008\u000b\u000c\u000e-\u001f\ufffe\uffff]/g;
+
 /** Draws the frozen view through an SVG picture onto a canvas. */
 export async function exportPng(app) {
   const live = document.getElementById("view");
@@ -74,7 +78,7 @@ export async function exportPng(app) {
   const style = document.createElement("style");
   style.textContent = (await styles()).replaceAll(":root", ".root");
   wrapper.append(style, frozen());
-  const content = new XMLSerializer().serializeToString(wrapper);
+  const content = new XMLSerializer().serializeToString(wrapper).replace(NOT_XML, "\ufffd");
   const picture = new Image();
   picture.src = `data:image/svg+xml;charset=utf-8,${encodeURIComponent(
     `<svg xmlns="http://www.w3.org/2000/svg" width="${width}" height="${height}">`

@@ -158,7 +158,7 @@ function showChanges(app, root) {
   const { state, t } = app;
   const said = [
     state.off.length && t("partsOff", { parts: state.off.join(", ") }),
-    state.patch && t("patched", { parts: (state.patch.parts ?? []).join(", ") }),
+    state.patch && t("patched", { parts: [state.patch.parts ?? []].flat().join(", ") }),
   ].filter(Boolean);
   root.hidden = !said.length;
   root.replaceChildren(...said.map((words) => el("span", { class: "badge" }, words)),

@@ -9,7 +9,6 @@ export const FIELDS = {
   text: "The cat sat on the mat. The cat",
   tokens: null, // ids instead of `text`
   model: "a",
-  compare: false, // beside model b
   snapshot: null, // step of a training run
   off: [], // parts switched off: "3", "3.attn", "3.mlp", "3.h2"
   fill: "zero", // or "mean": what takes their place
@@ -64,9 +63,9 @@ function parse(written, standard) {
   if (typeof standard === "string") return written;
   try {
     const value = JSON.parse(written);
-    const wanted = Array.isArray(standard) ? Array.isArray(value)
-      : standard === null || typeof value === typeof standard;
-    return wanted && value !== undefined ? value : undefined;
+    const alike = value !== null && typeof value === typeof standard
+      && Array.isArray(value) === Array.isArray(standard);
+    return alike || standard === null ? value : undefined;
   } catch {
     return undefined;
   }

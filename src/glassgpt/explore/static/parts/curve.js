@@ -3,6 +3,7 @@
    const chart = curve(app, {label, onpick}); root.append(chart.root);
    chart.show({series: [{name, kind, points: [[x, y], ...]}], level: {y, name}, now: 300}) */
 
+import { asTable } from "./as_table.js";
 import { el, svg } from "./dom.js";
 import { brief, count } from "./numbers.js";
 
@@ -15,13 +16,16 @@ export function curve(app, { label, onpick }) {
   const table = el("div", { class: "scroll", tabindex: "0", role: "region",
     "aria-label": `${label}: ${t("asTable")}` });
   const readout = el("p", { class: "readout", role: "status" });
-  const root = el("div", { class: "picture curve" }, drawing, table, readout);
+  const kind = asTable(app, label);
+  const root = el("div", { class: "picture curve" }, el("div", { class: "bar-above" }, kind.root),
+    drawing, table, readout);
   let shown = null;
 
   function draw() {
     if (!shown) return;
     drawing.hidden = app.state.table;
     table.hidden = !app.state.table;
+    kind.update();
     if (app.state.table) table.replaceChildren(tableOf(app, shown.series));
     else drawing.replaceChildren(picture());
   }

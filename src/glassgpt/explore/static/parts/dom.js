@@ -51,5 +51,3 @@ export function segments(label, pairs, value, onpick) {
 /** The value of a CSS variable, for what is drawn on a canvas. */
 export const css = (name) =>
   getComputedStyle(document.documentElement).getPropertyValue(name).trim();
-
-export const reducedMotion = () => matchMedia("(prefers-reduced-motion: reduce)").matches;

@@ -3,7 +3,8 @@
    const grid = headGrid(app, {onpick}); root.append(grid.root); grid.show(maps, layer, head)
    One canvas; its table says of every head in words what it mostly looks at. Knows no server. */
 
-import { cssColour, scaleOf, voidColour } from "./colours.js";
+import { asTable } from "./as_table.js";
+import { scaleOf, voidColour } from "./colours.js";
 import { css, el } from "./dom.js";
 
 const GAP = 3;
@@ -17,7 +18,9 @@ export function headGrid(app, { onpick }) {
   const readout = el("p", { class: "readout", role: "status" });
   const table = el("div", { class: "scroll", tabindex: "0", role: "region",
     "aria-label": `${t("grid")}: ${t("asTable")}` });
-  const root = el("div", { class: "picture" }, canvas, table, readout);
+  const kind = asTable(app, t("grid"));
+  const root = el("div", { class: "picture" }, el("div", { class: "bar-above" }, kind.root), canvas,
+    table, readout);
   let maps = null;
   let at = [0, 0];
   let tile = 0;
@@ -27,6 +30,7 @@ export function headGrid(app, { onpick }) {
     if (!maps) return;
     canvas.hidden = app.state.table;
     table.hidden = !app.state.table;
+    kind.update();
     if (app.state.table) drawTable();
     else drawTiles();
     say(at);
@@ -159,5 +163,3 @@ function small(maps, l, h, colours) {
   drawn.getContext("2d").putImageData(image, 0, 0);
   return drawn;
 }
-
-export const shareColour = (p) => cssColour(scaleOf("share", 1)(p));

@@ -8,8 +8,9 @@
    square; cursor [r, c]; origin [r, c] when `data` is a window of a larger tensor.
    Whether tables are shown is `state.table`, the same for all pictures. Knows no server. */
 
+import { asTable } from "./as_table.js";
 import { gradient, scaleOf, voidColour } from "./colours.js";
-import { css, el, toggle } from "./dom.js";
+import { css, el } from "./dom.js";
 import { tableOf } from "./matrix_table.js";
 import { brief } from "./numbers.js";
 
@@ -48,21 +49,17 @@ export function heatmap(app, { label, onpick }) {
     say(cursor);
   }
 
-  const kinds = { picture: "asPicture", table: "asTable" };
-  const pick = Object.fromEntries(Object.entries(kinds).map(([kind, key]) => [kind, toggle(t(key),
-    false, () => app.set({ table: kind === "table" }, { replace: true }))]));
+  const kind = asTable(app, label);
   const button = (text, name, factor) => el("button", { type: "button", "aria-label": name,
     onclick: () => zoom(factor) }, text);
   const [out, whole] = [button("−", t("zoomOut"), 2), button(t("zoomAll"), t("zoomAll"), null)];
   const zooms = el("span", null, button("+", t("zoomIn"), 0.5), " ", out, " ", whole);
-  above.append(el("div", { class: "segments", role: "group", "aria-label": label },
-    Object.values(pick)), zooms, scaleBar);
+  above.append(kind.root, zooms, scaleBar);
 
   function drawAbove() {
     out.disabled = whole.disabled = view.rows >= shown.shape[0] && view.columns >= shown.shape[1];
     zooms.hidden = app.state.table || Math.max(...shown.shape) <= 8;
-    pick.picture.setAttribute("aria-pressed", String(!app.state.table));
-    pick.table.setAttribute("aria-pressed", String(app.state.table));
+    kind.update();
     scaleBar.replaceChildren(shown.scale === "share" ? "0" : brief(-shown.most, 3),
       el("i", { style: `background:${gradient(shown.scale, shown.most)}` }),
       brief(shown.most, 3));

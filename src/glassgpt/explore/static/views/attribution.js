@@ -51,7 +51,7 @@ function showTools(app, root, tokens, token, against) {
 
 /** "3.h2" -> "block 3: head 2". */
 function partName(app, part) {
-  const inside = /^(\d+)\.(?:h(\d+)|(mlp)|(attn bias))$/.exec(part);
+  const inside = /^(\d+)[. ](?:h(\d+)|mlp|attn bias|edited)$/.exec(part);
   if (!inside) return app.t(`part.${part}`);
   const [, n, h] = inside;
   return app.t(h !== undefined ? "part.head" : `part.${part.slice(n.length + 1)}`, { n, h });
@@ -85,7 +85,7 @@ function partMap(app, parts) {
     const value = values.get(`${layer}.${column}`);
     return el("td", { "data-name": "part", "data-index": `${layer}.${column}`,
       "data-value": value, class: value < 0 ? "less" : "more",
-      style: `--share:${(Math.abs(value) / largest).toFixed(3)}`,
+      style: `--share:${(Math.abs(value ?? 0) / largest).toFixed(3)}`,
       title: `${partName(app, `${layer}.${column}`)}: ${brief(value)}` }, brief(value, 2));
   };
   return el("table", { class: "parts-map" }, el("caption", { class: "unseen" }, t("allParts")),

@@ -39,9 +39,9 @@ export function patchMap(app) {
     showTools({ candidates, asked, ready, key });
     frame.hidden = !ready;
     if (!ready) return;
-    const { model } = app.state;
+    const { model, snapshot } = app.state;
     const { shape, data } = await app.api.postTensor("patch_map", { tokens, other: there,
-      token: asked.id, name, model }, signal);
+      token: asked.id, name, model, snapshot }, signal);
     table.replaceChildren(...cells(app, here, other.tokens, shape, data));
   }
 

@@ -34,7 +34,6 @@ export default {
       left: "Left", right: "Right", whole: "Becomes", number: "Step",
       more: "{n} more tokens are not drawn here; the row above shows all.",
       position: "Position", text: "Text",
-      asCards: "Cards", asList: "Table",
     },
     zh: {
       summary: "{characters} 个字符 → {bytes} 个字节 → {tokens} 个词元",
@@ -52,7 +51,6 @@ export default {
       left: "左", right: "右", whole: "得到", number: "步骤",
       more: "另有 {n} 个词元未在此画出；上方一行显示全部。",
       position: "位置", text: "文本",
-      asCards: "卡片", asList: "表格",
     },
   },
 
