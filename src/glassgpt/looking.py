@@ -30,6 +30,8 @@ from glassgpt.tokenizer import begin_of_text, unknown_note
 from glassgpt.trace import Trace, record, shapes_of
 
 Show = Literal["operations", "lens", "attribution", "loss", "patch"]
+_KEPT = ("token_embedding", "position_embedding", "resid_pre", "resid_post", "head_out", "mlp_out",
+         "logits", "loss")  # of a long text, scores and patterns would be gigabytes  # fmt: skip
 _SHOWN = 5  # tokens of a distribution
 _PARTS = 20  # of an attribution
 _MOST_TEXTS = 1 << 20  # side by side
@@ -137,7 +139,7 @@ class _Looked:
 
     @cached_property
     def trace(self) -> Trace:
-        return record(self.model, self.tokens, edits=self.edits, loss=True)
+        return record(self.model, self.tokens, edits=self.edits, loss=True, keep=_KEPT)
 
     # -- what to say -----------------------------------------------------------------------------
 

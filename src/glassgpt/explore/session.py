@@ -13,6 +13,7 @@ import functools
 import hashlib
 import json
 import math
+import shlex
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -138,7 +139,7 @@ class Session:
         run = Path(self.runs["a"])
         return {
             "name": _name(self.runs["a"]),
-            "models": [{"key": key, "name": _name(run),
+            "models": [{"key": key, "name": _name(run), "run": shlex.quote(str(run)),
                         "parameters": self.loaded(Which(key)).config.n_parameters}
                        for key, run in self.runs.items()],
             "family": config.family, "config": dataclasses.asdict(config),

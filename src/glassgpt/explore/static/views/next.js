@@ -192,12 +192,13 @@ function command(app, now) {
   const { state, model, t } = app;
   const path = tree.pathOf(now);
   const plainly = path.length && path.every((node) => node.how === "drawn" && node.sample === 0)
-    && !state.off.length && state.snapshot === null && state.tokens === null;
+    && !state.off.length && state.snapshot === null && state.tokens === null
+    && state.text !== "-" && !state.text.startsWith("@");  // which the command line reads from files
   if (!plainly) return "";
   const quoted = `'${state.text.replaceAll("'", "'\\''")}'`;
   const options = Object.entries(state.sampling).map(([name, value]) =>
     `--${name.replaceAll("_", "-")} ${value}`);
-  const name = model.models.find((one) => one.key === state.model)?.name ?? model.name;
-  return `${t("same")} ${["glassgpt sample", name, "--prompt", quoted, "--seed", state.seed,
+  const run = (model.models.find((one) => one.key === state.model) ?? model.models[0]).run;
+  return `${t("same")} ${["glassgpt sample", run, "--prompt", quoted, "--seed", state.seed,
     "--max-new-tokens", path.length, ...options].join(" ")}`;
 }
