@@ -114,7 +114,7 @@ def trace(
 
     With --off, parts are switched off first, with --patch-from and --parts taken from another
     text: 3 is a block, 3.attn and 3.mlp are its halves, 3.h2 is a head; --parts also takes names of
-    activations (blocks.3.resid_mid). What that changes is said. --out draws instead of the table.
+    activations (blocks.3.resid_mid). What that changes is said. --out draws it as well.
 
     Without RUN, the model is the one that `train` with these options (--preset, --n-layer ...)
     would make, and has no numbers yet: shapes, parameters and FLOPs.
