@@ -133,7 +133,8 @@ def test_a_full_context_sends_little_before_a_head_is_opened(tmp_path: Path) -> 
         assert max(sent) == 4 * 1024**2
         pattern = expected(tmp_path / "run", text)["blocks.11.pattern"][0]
         with page.change():
-            page.page.get_by_role("button", name="Table").click()
+            opened = page.page.get_by_role("group", name="Attention of the opened head")
+            opened.get_by_role("button", name="Table").click()
         cells = page.cells("blocks.11.pattern")
         assert len(cells) <= 64 * 64
         same(cells, pattern)
