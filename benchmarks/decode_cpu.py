@@ -31,7 +31,7 @@ from typing import Any
 
 import numpy as np
 
-from glassgpt.runlog import aligned
+from glassgpt.reporting.run_log import aligned
 
 RESULTS = Path(__file__).parent / "results" / "decode_cpu.json"
 PROMPT, LONG_PROMPT, NEW = 32, 512, 128
@@ -145,10 +145,10 @@ def write(run: str) -> dict:
     """A run directory: our own initial weights, GPT-2's tokenizer."""
     import torch
 
-    from glassgpt.checkpoint import Checkpoint, save_model
+    from glassgpt.checkpoints.run_directory import Checkpoint, save_model
     from glassgpt.config import ModelConfig
-    from glassgpt.data.vocabulary import build_tokenizer
     from glassgpt.model import GPT
+    from glassgpt.tokenizers.vocabulary import build_tokenizer
 
     torch.manual_seed(0)
     config = ModelConfig.from_shape("gpt2", **SIZE)
@@ -159,8 +159,8 @@ def write(run: str) -> dict:
 
 
 def gguf(run: str, file: str) -> dict:
-    from glassgpt.checkpoint import load_model
-    from glassgpt.export.gguf import write_gguf
+    from glassgpt.checkpoints.gguf import write_gguf
+    from glassgpt.checkpoints.run_directory import load_model
 
     it = load_model(run)
     write_gguf(Path(file), it.config, it.weights, it.tokenizer, kind="F32", name="benchmark")
@@ -197,9 +197,9 @@ def work(threads: int, **given: Any) -> dict[str, float]:
 def glassgpt(
     run: str, engine: str, weights: str, batch: int, prefill: bool, threads: int
 ) -> dict[str, float]:
-    from glassgpt.bench import decode_speed, prefill_speed
-    from glassgpt.checkpoint import load_model
-    from glassgpt.engine.choose import build_engine
+    from glassgpt.checkpoints.run_directory import load_model
+    from glassgpt.evaluation.decoding_speed import decode_speed, prefill_speed
+    from glassgpt.inference.engines.choose import build_engine
 
     built = build_engine(
         load_model(run),

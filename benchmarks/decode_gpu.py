@@ -25,7 +25,7 @@ import torch
 import transformers
 
 from glassgpt.config import ModelConfig
-from glassgpt.engine.gpu import GpuEngine
+from glassgpt.inference.engines.gpu import GpuEngine
 from glassgpt.model import GPT
 
 RESULTS = Path(__file__).parent / "results" / "decode_gpu.json"

@@ -25,10 +25,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from glassgpt.checkpoint import Checkpoint, save_model
+from glassgpt.checkpoints.run_directory import Checkpoint, save_model
 from glassgpt.config import ModelConfig
-from glassgpt.data.vocabulary import build_tokenizer
 from glassgpt.model import GPT
+from glassgpt.tokenizers.vocabulary import build_tokenizer
 
 RESULTS = Path(__file__).parent / "results" / "explore.json"
 PORT, TOKENS = 8397, 1024

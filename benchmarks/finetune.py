@@ -29,10 +29,10 @@ import torch
 from safetensors.numpy import load_file
 
 import glassgpt
-from glassgpt.checkpoint import Checkpoint, save_model
+from glassgpt.checkpoints.run_directory import Checkpoint, save_model
 from glassgpt.config import ModelConfig
-from glassgpt.data.vocabulary import build_tokenizer
 from glassgpt.model import GPT
+from glassgpt.tokenizers.vocabulary import build_tokenizer
 
 RESULTS = Path(__file__).parent / "results" / "finetune.json"
 

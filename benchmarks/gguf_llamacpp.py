@@ -21,9 +21,9 @@ from pathlib import Path
 import numpy as np
 
 from glassgpt import numpy_gpt
-from glassgpt.checkpoint import Checkpoint, load_model
-from glassgpt.export.compare import largest_difference
-from glassgpt.export.gguf import Kind, read_gguf, write_gguf
+from glassgpt.checkpoints.compare import largest_difference
+from glassgpt.checkpoints.gguf import Kind, read_gguf, write_gguf
+from glassgpt.checkpoints.run_directory import Checkpoint, load_model
 
 RESULTS = Path(__file__).parent / "results" / "gguf_llamacpp.json"
 

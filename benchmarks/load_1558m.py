@@ -25,8 +25,8 @@ from pathlib import Path
 
 import numpy as np
 
+from glassgpt.checkpoints.openai import TensorBundle, from_openai, is_convolution, their_name
 from glassgpt.config import ModelConfig
-from glassgpt.convert.openai_tf import TensorBundle, from_openai, is_convolution, their_name
 from glassgpt.model import GPT
 
 RESULTS = Path(__file__).parent / "results" / "load_1558m.json"

@@ -25,9 +25,9 @@ from typing import Any
 import numpy as np
 
 from glassgpt.config import ModelConfig
-from glassgpt.costs import Memory, memory, way
 from glassgpt.options import split_options
-from glassgpt.runlog import aligned
+from glassgpt.reporting.run_log import aligned
+from glassgpt.training.planning.costs import Memory, memory, way
 
 RESULTS = Path(__file__).parent / "results" / "memory.json"
 CASES: dict[str, dict[str, Any]] = {
@@ -110,7 +110,7 @@ def measured_here(case: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     from glassgpt.system import peak_memory
-    from glassgpt.training import train
+    from glassgpt.training.run import train
 
     torch.ones(8, 8).mm(torch.ones(8, 8))
     baseline = peak_memory()
@@ -121,7 +121,7 @@ def measured_here(case: dict[str, Any]) -> dict[str, Any]:
         train(str(data), out=str(Path(work) / "run"), device="cpu", max_steps=3, eval_interval=3,
               sample_tokens=8, **options)  # fmt: skip
         peak = peak_memory()
-    from glassgpt.fused.step import can_fuse, multiplies_bfloat16
+    from glassgpt.training.fused.step import can_fuse, multiplies_bfloat16
 
     known = ModelConfig.from_shape("modern", vocab_size=8)
     return {"baseline": baseline, "peak": peak, "kernels": can_fuse(known),

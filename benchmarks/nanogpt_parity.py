@@ -25,10 +25,10 @@ from typing import Any
 import torch
 
 from glassgpt.api import LoadedModel
-from glassgpt.checkpoint import Checkpoint, load_model
-from glassgpt.convert.nanogpt import load_nanogpt
-from glassgpt.data.vocabulary import build_tokenizer
-from glassgpt.export.formats import export
+from glassgpt.checkpoints.formats import export
+from glassgpt.checkpoints.nanogpt import load_nanogpt
+from glassgpt.checkpoints.run_directory import Checkpoint, load_model
+from glassgpt.tokenizers.vocabulary import build_tokenizer
 
 TOLERANCE = 1e-4
 

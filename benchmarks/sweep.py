@@ -5,7 +5,8 @@
 
 `run` trains each shape on each number of tokens, as a budget would (one thread each; the loss does
 not depend on the machine), and appends to results/sweep.jsonl what is not there yet. `fit` finds
-the constants of `glassgpt.budget.Law`, to be put into budget.py by hand, and draws docs/sweep.png.
+the constants of `Law` in training/planning/budget.py, to be put there by hand, and draws
+docs/sweep.png.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from pathlib import Path
 
 import torch
 
-from glassgpt import budget
 from glassgpt.config import ModelConfig
+from glassgpt.training.planning import budget
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "sweep.jsonl"

@@ -26,8 +26,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from glassgpt.checkpoint import load_model
-from glassgpt.convert.nanogpt import load_nanogpt
+from glassgpt.checkpoints.nanogpt import load_nanogpt
+from glassgpt.checkpoints.run_directory import load_model
 from glassgpt.data.batches import TokenFiles, load_data
 from glassgpt.model import GPT, load_weights
 

@@ -68,9 +68,9 @@ def data() -> Dataset:
     `.tokenizer`."""
     import torch
 
-    from glassgpt.runlog import Progress
+    from glassgpt.reporting.run_log import Progress
     from glassgpt.runtime import Machine
-    from glassgpt.training import open_data
+    from glassgpt.training.run import open_data
 
     machine = Machine(torch.device("cpu"), torch.float32)
     return open_data({"data": [text_name()]}, set(), machine, Progress())

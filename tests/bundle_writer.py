@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from glassgpt.convert.crc32c import crc32c, masked
+from glassgpt.checkpoints.crc32c import crc32c, masked
 
 MAGIC = 0xDB4775248B80FB57
 TYPES = {"float32": 1, "float64": 2, "int32": 3, "uint16": 14, "float16": 19}  # uint16: bfloat16

@@ -16,8 +16,8 @@ from hypothesis import settings
 from glassgpt.config import ModelConfig, Sampling
 
 if TYPE_CHECKING:
-    from glassgpt.engine import Engine
-    from glassgpt.generate import Piece
+    from glassgpt.inference.engines import Engine
+    from glassgpt.inference.generate import Piece
     from glassgpt.model import GPT
 
 # Tiny models gain nothing from more threads, and the workers of xdist would fight for the cores.
@@ -107,8 +107,8 @@ def weights_of(model: GPT) -> dict[str, Any]:
 
 def long_texts(engine: Engine) -> list[Piece]:
     """200 tokens behind three prompts, greedy and drawn; for models with 37 tokens or more."""
-    from glassgpt.generate import complete
-    from glassgpt.tokenizer import CharTokenizer
+    from glassgpt.inference.generate import complete
+    from glassgpt.tokenizers.tokenizer import CharTokenizer
 
     tokenizer = CharTokenizer.from_characters([chr(97 + i) for i in range(36)])
     prompts = [list(range(n)) for n in (0, 3, 20)]
@@ -123,7 +123,7 @@ def long_texts(engine: Engine) -> list[Piece]:
 
 def refuse(capsys, *arguments: object) -> str:
     """The command must end with status 2 and one line; returns the line."""
-    from glassgpt.cli import main
+    from glassgpt.cli.app import main
 
     capsys.readouterr()
     with pytest.raises(SystemExit) as ended:

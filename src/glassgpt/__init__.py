@@ -13,15 +13,15 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from glassgpt.errors import UserError as UserError
-from glassgpt.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
     from glassgpt.api import LoadedModel as LoadedModel
-    from glassgpt.training import TrainResult
+    from glassgpt.training.run import TrainResult
 
+__version__ = "0.1.0"
 STARTED = time.monotonic()  # of the process, nearly: from here a --budget counts
 
 
@@ -36,15 +36,15 @@ def load(path: str | Path, *, device: str = "auto") -> LoadedModel:
 
 
 def train(data: str | Path | Sequence[str | Path] | None = None, **options: Any) -> TrainResult:
-    """Train a GPT; the options of `glassgpt train` by name. See `glassgpt.training.train`."""
-    from glassgpt.training import train as run
+    """Train a GPT; the options of `glassgpt train` by name. See `glassgpt.training.run.train`."""
+    from glassgpt.training.run import train as run
 
     return run(data, **options)
 
 
 def finetune(base: str | Path, data: Any = None, **options: Any) -> TrainResult:
     """Train a model further; the options of `glassgpt finetune` by name. See
-    `glassgpt.finetuning.finetune`."""
-    from glassgpt.finetuning import finetune as run
+    `glassgpt.finetuning.run.finetune`."""
+    from glassgpt.finetuning.run import finetune as run
 
     return run(base, data, **options)

@@ -16,19 +16,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from glassgpt.checkpoint import Checkpoint, require_language_model
+from glassgpt.checkpoints.load import load_pretrained
+from glassgpt.checkpoints.run_directory import Checkpoint, require_language_model
 from glassgpt.config import DEVICES, EngineName, ModelConfig, Sampling, WeightPrecision
-from glassgpt.engine import Engine
-from glassgpt.engine.choose import build_engine, check_choice
 from glassgpt.errors import UserError, nearest
-from glassgpt.generate import Piece, complete, stream
-from glassgpt.pretrained import load_pretrained
-from glassgpt.runlog import aligned
-from glassgpt.tokenizer import Tokenizer, unknown_note
+from glassgpt.inference.engines import Engine
+from glassgpt.inference.engines.choose import build_engine, check_choice
+from glassgpt.inference.generate import Piece, complete, stream
+from glassgpt.reporting.run_log import aligned
+from glassgpt.tokenizers.tokenizer import Tokenizer, unknown_note
 
 if TYPE_CHECKING:
+    from glassgpt.interpret.trace import Trace
     from glassgpt.model import GPT
-    from glassgpt.trace import Trace
 
 
 Prompt = str | Sequence[int]
@@ -61,7 +61,7 @@ class LoadedModel:
     def model(self) -> GPT:
         """The torch module, in evaluation mode: `m.model(tokens)` gives logits (B, T, V), of a
         classifier (B, T, n_classes)."""
-        from glassgpt.engine.choose import torch_model
+        from glassgpt.inference.engines.choose import torch_model
 
         return torch_model(self.checkpoint, self.device)
 
@@ -111,7 +111,7 @@ class LoadedModel:
         threads: int | None = None,
         **options: Any,
     ) -> Piece | list[Piece] | list[list[Piece]] | Iterator[Piece]:
-        """Continue `prompt`; options are the fields of `glassgpt.generate.Sampling`.
+        """Continue `prompt`; options are the fields of `glassgpt.inference.generate.Sampling`.
 
         engine: "numba", "numpy", "torch", "gpu", or what is fastest here; weights: "float32",
         "int8", "int4", on a GPU "bfloat16".
@@ -143,7 +143,7 @@ class LoadedModel:
         if self.checkpoint.chat_template is None:
             raise UserError(f"{self.name} has no chat template; finetune it on conversations: "
                             f"glassgpt finetune {self.name} chats.jsonl")  # fmt: skip
-        from glassgpt.chat import Chat, Said
+        from glassgpt.tokenizers.chat_template import Chat, Said
 
         chat = Chat(self.checkpoint.chat_template, self.tokenizer)
         ids = chat.prompt([Said(one["role"], one["content"]) for one in messages])
@@ -159,8 +159,8 @@ class LoadedModel:
         """
         import torch
 
-        from glassgpt.lens import without
-        from glassgpt.trace import record
+        from glassgpt.interpret.lens import without
+        from glassgpt.interpret.trace import record
 
         ids = torch.tensor([self.encode_prompt(prompt)], device=self.model.head.weight.device)
         return record(self.model, ids, edits=without(off, self.config), loss=True)
@@ -174,7 +174,7 @@ class LoadedModel:
         if not self.labels:
             raise UserError(f"{self.name} is no classifier: it continues a text "
                             f'(glassgpt sample {self.name} --prompt "...")')  # fmt: skip
-        from glassgpt.classify import probabilities
+        from glassgpt.inference.classify import probabilities
 
         texts = [texts] if isinstance(texts, str) else texts
         rows = probabilities(self.model, self.tokenizer, texts).tolist()
@@ -194,7 +194,7 @@ def _is_several(prompt: object) -> bool:
 
 def print_labels(model: LoadedModel, text: str) -> None:
     """What `glassgpt sample --text` shows: labels on stdout, notes on stderr."""
-    from glassgpt.classify import encode_text
+    from glassgpt.inference.classify import encode_text
 
     found = model.classify(text)[0]
     note = unknown_note(model.tokenizer, text)

@@ -203,8 +203,8 @@ def main(prompt: str, *, n_tokens: int = 40, model: str = "gpt2", cache: bool = 
         model: What `glassgpt sample` takes: a run directory, say.
         cache: Keep keys and values, instead of reading everything again for every token.
     """
-    from glassgpt.checkpoint import require_language_model
-    from glassgpt.pretrained import load_pretrained
+    from glassgpt.checkpoints.load import load_pretrained
+    from glassgpt.checkpoints.run_directory import require_language_model
 
     checkpoint = require_language_model(load_pretrained(model), model)
     weights = {name: np.asarray(w, dtype=np.float32) for name, w in checkpoint.weights.items()}

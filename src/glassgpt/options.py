@@ -50,7 +50,7 @@ def split_options(options: dict[str, Any]) -> tuple[dict[str, Any], DataConfig, 
     return parts[0], DataConfig(**parts[1]), TrainConfig(**parts[2])
 
 
-_PRESETS = Path(__file__).parent / "presets"
+_PRESETS = Path(__file__).parent / "training" / "presets"
 
 
 def preset_names() -> list[str]:

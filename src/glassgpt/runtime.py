@@ -12,18 +12,52 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
 from glassgpt.config import TrainConfig
-from glassgpt.costs import peak_flops
-from glassgpt.errors import UserError
+from glassgpt.errors import UserError, nearest
 from glassgpt.system import usable_cores
 
 T_ = TypeVar("T_")
+
+
+# -- cards ---------------------------------------------------------------------------------------
+
+
+class Card(NamedTuple):
+    """A GPU by its maker's data sheet."""
+
+    name: str
+    flops: float  # dense 16-bit matrix products, multiplications and additions per second
+    memory: int  # bytes, of 10^9: the driver's share is about what a binary GB has more
+
+
+# A name that begins another one stands behind it.
+CARDS = tuple(Card(name, flops * 1e12, memory * 10**9) for name, flops, memory in [
+    ("H200", 989, 141), ("H100", 989, 80), ("A100-80GB", 312, 80), ("A100", 312, 40),
+    ("L40S", 362, 48), ("L4", 121, 24), ("V100", 125, 16), ("T4", 65, 16), ("4090", 165, 24),
+    ("3090", 71, 24),
+])  # fmt: skip
+
+
+def find_card(name: str) -> Card:
+    """By its name in CARDS, in any case; raises `UserError` with the nearest one."""
+    for card in CARDS:
+        if card.name.lower() == name.lower():
+            return card
+    names = [card.name for card in CARDS]
+    raise UserError(
+        f"unknown card {name!r}.{nearest(name.upper(), names)} The cards are: {', '.join(names)}"
+    )
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Of the card that a driver calls so ("NVIDIA A100-SXM4-40GB"); None where it is not known."""
+    return next((card.flops for card in CARDS if card.name in device_name), None)
 
 
 @dataclass(frozen=True)

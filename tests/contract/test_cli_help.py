@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from glassgpt.cli import VERBS, module_of
+from glassgpt.cli.app import VERBS, module_of
 from glassgpt.options import option_types, preset_names
 
 
@@ -37,7 +37,7 @@ def test_summaries_are_the_first_lines_of_the_docstrings() -> None:
 def test_every_verb_is_offered() -> None:
     """The functions of the files in verbs/, but for the helpers."""
     public = []
-    for file in Path(importlib.import_module("glassgpt.verbs").__file__ or "").parent.glob("*.py"):
+    for file in Path(importlib.import_module("glassgpt.cli").__file__ or "").parent.glob("*.py"):
         tree = ast.parse(file.read_text())
         public += [f.name for f in tree.body if isinstance(f, ast.FunctionDef)
                    and not f.name.startswith("_") and f.name != "read_prompt"]  # fmt: skip

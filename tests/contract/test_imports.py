@@ -72,7 +72,8 @@ sys.meta_path.insert(0, Absent())
 import glassgpt
 names = [m.name for m in pkgutil.walk_packages(glassgpt.__path__, "glassgpt.")]
 compiled = [f"glassgpt.{name}" for name in
-            ("engine.kernels", "engine.products", "engine.simd", "fused.kernels")]
+            ("inference.kernels.forward", "inference.kernels.products",
+             "inference.kernels.simd", "training.fused.kernels")]
 for name in names:
     try:
         importlib.import_module(name)

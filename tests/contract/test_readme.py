@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from glassgpt.cli import main, make_app
+from glassgpt.cli.app import main, make_app
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from conftest import refuse, tiny_config, tiny_model, weights_of
-from glassgpt.chat import Chat, choose_template
-from glassgpt.checkpoint import Checkpoint, save_model
-from glassgpt.tokenizer import CharTokenizer
+from glassgpt.checkpoints.run_directory import Checkpoint, save_model
+from glassgpt.tokenizers.chat_template import Chat, choose_template
+from glassgpt.tokenizers.tokenizer import CharTokenizer
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz .,!?\n-:;'#SUAH"
 

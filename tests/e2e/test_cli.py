@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 
 from conftest import refuse
-from glassgpt.checkpoint import load_model, snapshots
-from glassgpt.cli import main
-from glassgpt.runlog import read_metrics
+from glassgpt.checkpoints.run_directory import load_model, snapshots
+from glassgpt.cli.app import main
+from glassgpt.reporting.run_log import read_metrics
 
 
 def tiny(**changes: object) -> list[str]:
@@ -357,8 +357,8 @@ def test_read_only_folder(small_disk, tmp_path, book, capsys):
 
 
 def test_demo_without_a_network(tmp_path, monkeypatch):
-    from glassgpt.demo import demo
-    from glassgpt.runlog import Progress
+    from glassgpt.cli.demo import demo
+    from glassgpt.reporting.run_log import Progress
 
     said: list[str] = []
     progress = Progress()

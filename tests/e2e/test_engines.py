@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import glassgpt
-from glassgpt.cli import main
+from glassgpt.cli.app import main
 from glassgpt.errors import UserError
 
 RUN = Path(__file__).parents[1] / "golden" / "modern"

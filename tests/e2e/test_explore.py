@@ -21,8 +21,8 @@ import torch
 from tests.conftest import refuse
 
 import glassgpt
-from glassgpt.lens import without
-from glassgpt.trace import record
+from glassgpt.interpret.lens import without
+from glassgpt.interpret.trace import record
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "modern"
 TEXT = "the cat sat on"
@@ -159,7 +159,7 @@ def test_sampling_is_that_of_the_verb(server: Server) -> None:
 
 def test_the_filters_leave_what_sampling_draws_from(server: Server) -> None:
     from glassgpt.config import Sampling
-    from glassgpt.generate import filter_logits, probabilities
+    from glassgpt.inference.generate import filter_logits, probabilities
 
     key, how = trace(server), dict(temperature=0.7, top_k=9, top_p=0.9, min_p=0.02)
     answer = server.ask(f"/api/trace/{key}/distribution", {"position": 4, "show": 99, **how})

@@ -17,9 +17,9 @@ from tests.browser import PHONE, Explorer, explored
 from tests.conftest import tiny_config, tiny_model, weights_of
 
 import glassgpt
-from glassgpt.checkpoint import Checkpoint, save_model
-from glassgpt.tokenizer import byte_tokenizer
-from glassgpt.trace import Trace, record
+from glassgpt.checkpoints.run_directory import Checkpoint, save_model
+from glassgpt.interpret.trace import Trace, record
+from glassgpt.tokenizers.tokenizer import byte_tokenizer
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "modern"
 TEXT = "the cat sat"

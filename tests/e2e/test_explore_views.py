@@ -15,14 +15,14 @@ from tests.conftest import tiny_config, tiny_model, weights_of
 
 import glassgpt
 from glassgpt.cache import KVCache
-from glassgpt.checkpoint import Checkpoint, save_model
+from glassgpt.checkpoints.run_directory import Checkpoint, save_model
 from glassgpt.config import Sampling
-from glassgpt.engine.reference import ReferenceEngine
-from glassgpt.evaluate import text_loss, token_losses
-from glassgpt.generate import filter_logits, probabilities
-from glassgpt.lens import attribution, logit_lens, patch_map, patched, without
-from glassgpt.tokenizer import byte_tokenizer
-from glassgpt.trace import record
+from glassgpt.evaluation.text_loss import text_loss, token_losses
+from glassgpt.inference.engines.reference import ReferenceEngine
+from glassgpt.inference.generate import filter_logits, probabilities
+from glassgpt.interpret.lens import attribution, logit_lens, patch_map, patched, without
+from glassgpt.interpret.trace import record
+from glassgpt.tokenizers.tokenizer import byte_tokenizer
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "modern"
 TEXT, OTHER = "The small bird slept", "The small bird sleep"

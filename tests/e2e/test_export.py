@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from glassgpt.cli import main
-from glassgpt.pretrained import load_pretrained
+from glassgpt.checkpoints.load import load_pretrained
+from glassgpt.cli.app import main
 
 SENTENCE = "The cat sat on the mat, and the dog ate the hat. "
 TINY = ["--n-layer", "2", "--n-head", "2", "--n-embd", "32", "--context-length", "16",

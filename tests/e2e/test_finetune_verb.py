@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from glassgpt.checkpoint import load_model
-from glassgpt.runlog import read_metrics
+from glassgpt.checkpoints.run_directory import load_model
+from glassgpt.reporting.run_log import read_metrics
 
 BASE = ["--n-layer", "2", "--n-head", "2", "--n-embd", "32", "--context-length", "64",
         "--max-steps", "30", "--batch-tokens", "512", "--sample-tokens", "0"]  # fmt: skip

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from glassgpt.cli import main
+from glassgpt.cli.app import main
 
 RUN = Path(__file__).parents[1] / "golden" / "modern"
 TEXT = "The small bird slept under the table by the fire. " * 5

@@ -20,11 +20,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import glassgpt
 from conftest import refuse
-from glassgpt.checkpoint import load_model
-from glassgpt.cli import main
-from glassgpt.demo import demo
-from glassgpt.runlog import Progress, read_metrics
-from glassgpt.training import train
+from glassgpt.checkpoints.run_directory import load_model
+from glassgpt.cli.app import main
+from glassgpt.cli.demo import demo
+from glassgpt.reporting.run_log import Progress, read_metrics
+from glassgpt.training.run import train
 
 SHAPE = ["--n-layer", "1", "--n-head", "2", "--n-embd", "32", "--context-length", "32"]
 SMALL = [*SHAPE, "--threads", "1", "--device", "cpu", "--sample-tokens", "20",

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from glassgpt.cli import main
+from glassgpt.cli.app import main
 
 TINY = ["--n-layer", "1", "--n-head", "2", "--n-embd", "16", "--context-length", "8",
         "--batch-tokens", "32", "--threads", "1"]  # fmt: skip

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from conftest import refuse
-from glassgpt.cli import main
+from glassgpt.cli.app import main
 
 OPTIONS = shlex.split(
     "--n-head 2 --n-embd 12 --context-length 16 --batch-tokens 64 --max-steps 6 "
@@ -156,7 +156,7 @@ def test_what_does_not_go_together(runs, here, capsys):
 
 
 def test_the_embedding_needs_no_torch(runs, here):
-    code = ("import sys; from glassgpt.cli import main; main(sys.argv[1:]); "
+    code = ("import sys; from glassgpt.cli.app import main; main(sys.argv[1:]); "
             "assert 'torch' not in sys.modules, 'torch'")  # fmt: skip
     for words in (["--embedding"], []):
         command = [sys.executable, "-c", code, "plot", str(runs / "a/book"), *words]

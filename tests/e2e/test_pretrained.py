@@ -20,12 +20,12 @@ import pytest
 
 from conftest import tiny_config, tiny_model, weights_of
 from glassgpt import numpy_gpt
-from glassgpt.checkpoint import Checkpoint, save_model
-from glassgpt.convert.huggingface import to_huggingface
+from glassgpt.checkpoints.huggingface import to_huggingface
+from glassgpt.checkpoints.load import load_pretrained
+from glassgpt.checkpoints.run_directory import Checkpoint, save_model
+from glassgpt.checkpoints.tensors import SafeTensors, write_tensors
 from glassgpt.errors import UserError
-from glassgpt.pretrained import load_pretrained
-from glassgpt.tensors import SafeTensors, write_tensors
-from glassgpt.tokenizer import CharTokenizer
+from glassgpt.tokenizers.tokenizer import CharTokenizer
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz .,!?\n-:;'"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -10,10 +10,10 @@ import pytest
 
 import glassgpt
 from conftest import refuse, tiny_config, tiny_model, weights_of
-from glassgpt.checkpoint import Checkpoint, save_model
-from glassgpt.classify import set_score_head, weights_to_save
-from glassgpt.cli import main
-from glassgpt.tokenizer import CharTokenizer, byte_tokenizer
+from glassgpt.checkpoints.run_directory import Checkpoint, save_model
+from glassgpt.cli.app import main
+from glassgpt.inference.classify import set_score_head, weights_to_save
+from glassgpt.tokenizers.tokenizer import CharTokenizer, byte_tokenizer
 
 LABELS = ("very bad", "bad", "good")
 TEXT = "A good film."

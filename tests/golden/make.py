@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 
 import glassgpt
-from glassgpt.checkpoint import Checkpoint, save_model
+from glassgpt.checkpoints.run_directory import Checkpoint, save_model
 from glassgpt.config import ModelConfig
 from glassgpt.model import GPT
-from glassgpt.tokenizer import CharTokenizer
+from glassgpt.tokenizers.tokenizer import CharTokenizer
 
 FOLDER = Path(__file__).parent
 TEXT = """\

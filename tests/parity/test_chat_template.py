@@ -16,10 +16,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from chat_templates import TEMPLATES, TOKENS
 from conftest import tiny_config, tiny_model, weights_of
 from glassgpt.api import LoadedModel
-from glassgpt.chat import BUILT_IN, Chat, choose_template
-from glassgpt.checkpoint import Checkpoint, load_model, save_model
-from glassgpt.data.vocabulary import build_tokenizer
-from glassgpt.tokenizer import (
+from glassgpt.checkpoints.run_directory import Checkpoint, load_model, save_model
+from glassgpt.tokenizers.chat_template import BUILT_IN, Chat, choose_template
+from glassgpt.tokenizers.tokenizer import (
     CharTokenizer,
     Tokenizer,
     add_tokens,
@@ -28,6 +27,7 @@ from glassgpt.tokenizer import (
     to_files,
     train_bpe,
 )
+from glassgpt.tokenizers.vocabulary import build_tokenizer
 
 
 class Turn(NamedTuple):

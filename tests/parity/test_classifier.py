@@ -22,12 +22,12 @@ from transformers import (
 
 import glassgpt
 from conftest import tiny_config, tiny_model
-from glassgpt.checkpoint import Checkpoint, load_model, save_model
-from glassgpt.classify import classifier, encode_text, set_score_head, weights_to_save
+from glassgpt.checkpoints.run_directory import Checkpoint, load_model, save_model
+from glassgpt.checkpoints.tensors import SafeTensors
 from glassgpt.config import ModelConfig
 from glassgpt.errors import UserError
-from glassgpt.tensors import SafeTensors
-from glassgpt.tokenizer import CharTokenizer, Tokenizer, from_spec, to_files, train_bpe
+from glassgpt.inference.classify import classifier, encode_text, set_score_head, weights_to_save
+from glassgpt.tokenizers.tokenizer import CharTokenizer, Tokenizer, from_spec, to_files, train_bpe
 
 LABELS = ("ham", "spam", "not sure / 好")
 CORPUS = "What a wonderful film, the best I have seen! A waste of time: bad, dull and far too long."

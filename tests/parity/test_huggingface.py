@@ -23,13 +23,13 @@ from transformers import (
 
 import glassgpt
 from conftest import tiny_config, tiny_model, weights_of
-from glassgpt.checkpoint import Checkpoint, load_model, save_model
+from glassgpt.checkpoints.run_directory import Checkpoint, load_model, save_model
+from glassgpt.checkpoints.tensors import SafeTensors, write_tensors
 from glassgpt.config import ModelConfig, RopeScaling
-from glassgpt.data.vocabulary import build_tokenizer
 from glassgpt.errors import UserError
 from glassgpt.model import GPT, load_weights
-from glassgpt.tensors import SafeTensors, write_tensors
-from glassgpt.tokenizer import CharTokenizer, to_files
+from glassgpt.tokenizers.tokenizer import CharTokenizer, to_files
+from glassgpt.tokenizers.vocabulary import build_tokenizer
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz .,!?\n-:;'"  # 36 and <unk>: the 37 of tiny_config
 TEXT = (

@@ -21,15 +21,15 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from conftest import tiny_config, tiny_model, weights_of
 from glassgpt.api import LoadedModel
-from glassgpt.checkpoint import Checkpoint, load_model, save_model
-from glassgpt.convert.nanogpt import load_nanogpt, read_meta
-from glassgpt.convert.pickles import StoredTensor, TorchArchive
-from glassgpt.data.vocabulary import build_tokenizer
+from glassgpt.checkpoints.formats import export
+from glassgpt.checkpoints.nanogpt import load_nanogpt, read_meta
+from glassgpt.checkpoints.nanogpt_export import save_nanogpt
+from glassgpt.checkpoints.pickles import StoredTensor, TorchArchive
+from glassgpt.checkpoints.run_directory import Checkpoint, load_model, save_model
 from glassgpt.errors import UserError
-from glassgpt.export.formats import export
-from glassgpt.export.nanogpt import save_nanogpt
 from glassgpt.model import GPT, load_weights
-from glassgpt.tokenizer import CharTokenizer, byte_tokenizer, unknown_note
+from glassgpt.tokenizers.tokenizer import CharTokenizer, byte_tokenizer, unknown_note
+from glassgpt.tokenizers.vocabulary import build_tokenizer
 from payloads import Evaluates, RunsCommand, SetsState
 
 LETTERS = "\n !',-.:;?abcdefghijklmnopqrstuvwxyz"

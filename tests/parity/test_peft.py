@@ -18,12 +18,12 @@ from transformers import (
 )
 
 from conftest import tiny_config, tiny_model, weights_of
-from glassgpt.checkpoint import Checkpoint, save_adapter, save_model
+from glassgpt.checkpoints.load import load_pretrained
+from glassgpt.checkpoints.run_directory import Checkpoint, save_adapter, save_model
 from glassgpt.errors import UserError
-from glassgpt.lora import LoRA, adapter_tensors, add_lora
+from glassgpt.finetuning.lora import LoRA, adapter_tensors, add_lora
 from glassgpt.model import GPT
-from glassgpt.pretrained import load_pretrained
-from glassgpt.tokenizer import CharTokenizer, to_files
+from glassgpt.tokenizers.tokenizer import CharTokenizer, to_files
 
 peft: Any = pytest.importorskip("peft", reason="left out: adapters against peft (pip install peft)")
 

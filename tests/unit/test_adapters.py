@@ -13,14 +13,20 @@ import torch
 
 import glassgpt
 from conftest import refuse, tiny_config, tiny_model, weights_of
-from glassgpt import hub
-from glassgpt.checkpoint import Checkpoint, is_adapter, save_adapter, save_model, write_json
+from glassgpt.checkpoints import hub
+from glassgpt.checkpoints.load import load_pretrained
+from glassgpt.checkpoints.run_directory import (
+    Checkpoint,
+    is_adapter,
+    save_adapter,
+    save_model,
+    write_json,
+)
+from glassgpt.checkpoints.tensors import SafeTensors, write_tensors
 from glassgpt.config import ModelConfig
 from glassgpt.errors import UserError
-from glassgpt.lora import LoRA, adapter_tensors, add_lora, merged_weights
-from glassgpt.pretrained import load_pretrained
-from glassgpt.tensors import SafeTensors, write_tensors
-from glassgpt.tokenizer import CharTokenizer
+from glassgpt.finetuning.lora import LoRA, adapter_tensors, add_lora, merged_weights
+from glassgpt.tokenizers.tokenizer import CharTokenizer
 
 SHAPES = {
     "gpt2": tiny_config("gpt2"),

@@ -17,7 +17,7 @@ from glassgpt.config import DataConfig
 from glassgpt.data.batches import IGNORE, Replay, TokenFiles, is_prepared, load_data
 from glassgpt.data.prepare import prepare
 from glassgpt.errors import UserError
-from glassgpt.tokenizer import byte_tokenizer, to_files
+from glassgpt.tokenizers.tokenizer import byte_tokenizer, to_files
 from payloads import Evaluates, RunsCommand, SetsState
 
 

@@ -8,12 +8,18 @@ import numpy as np
 import pytest
 
 from conftest import tiny_config, tiny_model, weights_of
-from glassgpt import bench
-from glassgpt.bench import DecodeSpeed, bench_decode, decode_speed, memory_bandwidth, prefill_speed
-from glassgpt.checkpoint import Checkpoint
+from glassgpt.checkpoints.run_directory import Checkpoint
 from glassgpt.config import ModelConfig
 from glassgpt.errors import UserError
-from glassgpt.tokenizer import CharTokenizer
+from glassgpt.evaluation import decoding_speed as bench
+from glassgpt.evaluation.decoding_speed import (
+    DecodeSpeed,
+    bench_decode,
+    decode_speed,
+    memory_bandwidth,
+    prefill_speed,
+)
+from glassgpt.tokenizers.tokenizer import CharTokenizer
 
 
 class CountingEngine:

@@ -10,7 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from glassgpt.budget import (
+from glassgpt.config import ModelConfig, TrainConfig
+from glassgpt.errors import UserError
+from glassgpt.options import names_of
+from glassgpt.training.planning.budget import (
     CHARACTERS,
     LADDER,
     WEB_TEXT,
@@ -21,9 +24,6 @@ from glassgpt.budget import (
     expected_loss,
     training_options,
 )
-from glassgpt.config import ModelConfig, TrainConfig
-from glassgpt.errors import UserError
-from glassgpt.options import names_of
 from glassgpt.values import bytes_of, seconds_of
 
 BOOK = Text(tokens=1_000_000, vocab_size=65, bits_per_token=2.7)

@@ -15,13 +15,12 @@ from hypothesis import strategies as st
 
 from chat_templates import TEMPLATES, TOKENS
 from conftest import tiny_config, tiny_model, weights_of
-from glassgpt.chat import BUILT_IN, CHATML, HEADINGS, Chat, choose_template
-from glassgpt.checkpoint import Checkpoint, load_model, save_model
-from glassgpt.conversations import encode_all
+from glassgpt.checkpoints.run_directory import Checkpoint, load_model, save_model
 from glassgpt.data.batches import IGNORE
-from glassgpt.data.vocabulary import build_tokenizer
 from glassgpt.errors import UserError
-from glassgpt.tokenizer import (
+from glassgpt.finetuning.conversations import encode_all
+from glassgpt.tokenizers.chat_template import BUILT_IN, CHATML, HEADINGS, Chat, choose_template
+from glassgpt.tokenizers.tokenizer import (
     CharTokenizer,
     Tokenizer,
     add_tokens,
@@ -29,6 +28,7 @@ from glassgpt.tokenizer import (
     from_spec,
     train_bpe,
 )
+from glassgpt.tokenizers.vocabulary import build_tokenizer
 
 
 class Turn(NamedTuple):

@@ -15,12 +15,12 @@ import pytest
 from chat_templates import TEMPLATES, TOKENS
 from conftest import tiny_config, tiny_model, weights_of
 from glassgpt.api import LoadedModel
-from glassgpt.chat import CHATML, HEADINGS
-from glassgpt.chatting import Said, Session, read_message, read_messages, talk
-from glassgpt.checkpoint import Checkpoint
+from glassgpt.checkpoints.run_directory import Checkpoint
+from glassgpt.cli.chat_session import Said, Session, read_message, read_messages, talk
 from glassgpt.config import ModelConfig, Sampling
 from glassgpt.errors import UserError
-from glassgpt.tokenizer import CharTokenizer, add_tokens
+from glassgpt.tokenizers.chat_template import CHATML, HEADINGS
+from glassgpt.tokenizers.tokenizer import CharTokenizer, add_tokens
 
 LETTERS = "".join(chr(code) for code in range(32, 127) if chr(code) != "~") + "\n"
 TOKENIZER = add_tokens(CharTokenizer.from_characters(LETTERS), TOKENS)

@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 
 from conftest import tiny_config
-from glassgpt import checkpoint as ckpt
-from glassgpt.checkpoint import (
+from glassgpt.checkpoints import run_directory as ckpt
+from glassgpt.checkpoints.run_directory import (
     Checkpoint,
     find_model,
     find_training,
@@ -27,11 +27,11 @@ from glassgpt.checkpoint import (
     save_model,
     save_training,
 )
+from glassgpt.checkpoints.tensors import SafeTensors, write_tensors
 from glassgpt.config import ModelConfig
 from glassgpt.errors import UserError
 from glassgpt.system import write_file
-from glassgpt.tensors import SafeTensors, write_tensors
-from glassgpt.tokenizer import CharTokenizer, byte_tokenizer, fingerprint
+from glassgpt.tokenizers.tokenizer import CharTokenizer, byte_tokenizer, fingerprint
 
 CHARACTERS = "abcdefghijklmnopqrstuvwxyz .,!?\n-:;'"  # 36, and <unk>
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from conftest import tiny_config, tiny_model
-from glassgpt import classify, plot
-from glassgpt.classify import (
+from glassgpt.errors import UserError
+from glassgpt.inference import classify
+from glassgpt.inference.classify import (
     class_weights,
     classifier,
     encode_text,
@@ -21,9 +22,9 @@ from glassgpt.classify import (
     table,
     weights_to_save,
 )
-from glassgpt.errors import UserError
 from glassgpt.model import GPT
-from glassgpt.tokenizer import byte_tokenizer, from_spec
+from glassgpt.reporting import loss_curves as plot
+from glassgpt.tokenizers.tokenizer import byte_tokenizer, from_spec
 
 SHAPES = {
     "gpt2": tiny_config("gpt2", dropout=0.3),

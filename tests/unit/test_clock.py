@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from glassgpt import clock
-from glassgpt.clock import Clock
 from glassgpt.config import TrainConfig
-from glassgpt.optim import learning_rate_at
+from glassgpt.training import schedule as clock
+from glassgpt.training.optimizers import learning_rate_at
+from glassgpt.training.schedule import Clock
 
 BUDGET = 60.0
 ENDLESS = 1 << 40

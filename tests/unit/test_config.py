@@ -28,7 +28,7 @@ from glassgpt.options import (
     split_options,
 )
 
-PRESETS = Path(glassgpt.config.__file__).parent / "presets"
+PRESETS = Path(glassgpt.__file__).parent / "training" / "presets"
 
 
 def random_config(seed: int) -> ModelConfig:

@@ -15,17 +15,23 @@ import torch
 import torch.nn.functional as F
 
 from conftest import tiny_config
-from glassgpt import costs
+from glassgpt import runtime
 from glassgpt.config import ModelConfig, TrainConfig
-from glassgpt.costs import find_card, largest_micro_batch, memory, parameters_by_part, way
 from glassgpt.errors import UserError
-from glassgpt.fused.step import FusedStep, _Rooms, can_fuse, multiplies_bfloat16
 from glassgpt.model import GPT
-from glassgpt.optim import make_optimizers
 from glassgpt.options import resolve_options, split_options
-from glassgpt.passes import Passes
-from glassgpt.runlog import Progress
-from glassgpt.runtime import Machine
+from glassgpt.reporting.run_log import Progress
+from glassgpt.runtime import Machine, find_card
+from glassgpt.training.fused.step import FusedStep, _Rooms, can_fuse, multiplies_bfloat16
+from glassgpt.training.optimizers import make_optimizers
+from glassgpt.training.planning import costs
+from glassgpt.training.planning.costs import (
+    largest_micro_batch,
+    memory,
+    parameters_by_part,
+    way,
+)
+from glassgpt.training.step import Passes
 
 HERE = Machine(torch.device("cpu"), torch.float32)
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "memory.py"
@@ -217,11 +223,11 @@ def test_cards_by_name():
     assert find_card("A100-80GB").memory == 80 * 10**9
     with pytest.raises(UserError, match="Did you mean 'H100'"):
         find_card("H10O")
-    assert costs.peak_flops("NVIDIA A100-SXM4-40GB") == 312e12
-    assert costs.peak_flops("NVIDIA L40S") == 362e12
-    assert costs.peak_flops("NVIDIA L4") == 121e12
-    assert costs.peak_flops("a card of the future") is None
-    for i, card in enumerate(costs.CARDS):  # or the shorter name would be found first
-        assert not any(other.name in card.name for other in costs.CARDS[:i])
-    assert all(math.isfinite(card.flops) and card.memory > 1e10 for card in costs.CARDS)
+    assert runtime.peak_flops("NVIDIA A100-SXM4-40GB") == 312e12
+    assert runtime.peak_flops("NVIDIA L40S") == 362e12
+    assert runtime.peak_flops("NVIDIA L4") == 121e12
+    assert runtime.peak_flops("a card of the future") is None
+    for i, card in enumerate(runtime.CARDS):  # or the shorter name would be found first
+        assert not any(other.name in card.name for other in runtime.CARDS[:i])
+    assert all(math.isfinite(card.flops) and card.memory > 1e10 for card in runtime.CARDS)
     assert np.isclose(find_card("4090").flops, 165e12)

@@ -18,13 +18,14 @@ import pytest
 
 from conftest import long_texts, tiny_config, tiny_model
 from glassgpt.config import ModelConfig
-from glassgpt.engine import Engine, compiled, cpu
-from glassgpt.engine.compiled import kernel_folder
-from glassgpt.engine.cpu import NumbaEngine, NumpyEngine, precision_of
-from glassgpt.engine.quantize import quantize
-from glassgpt.engine.reference import ReferenceEngine
 from glassgpt.errors import UserError
-from glassgpt.tokenizer import CharTokenizer
+from glassgpt.inference.engines import Engine, cpu
+from glassgpt.inference.engines.cpu import NumbaEngine, NumpyEngine, precision_of
+from glassgpt.inference.engines.reference import ReferenceEngine
+from glassgpt.inference.kernels import compiled
+from glassgpt.inference.kernels.compiled import kernel_folder
+from glassgpt.inference.kernels.quantize import quantize
+from glassgpt.tokenizers.tokenizer import CharTokenizer
 
 CONTEXT = 150  # more than two blocks of _BLOCK tokens
 # n_embd and n_hidden on both sides of a span of 256 columns, and no multiple of anything.
@@ -389,7 +390,7 @@ weights = {name: np.ones(shape, np.float32) for name, shape in config.weight_sha
 engine = NumbaEngine(config, weights, say=print)
 for _ in range(2):
     engine.open(1); engine.read([0], [np.array([1])])
-forward = load_kernels("glassgpt.engine.kernels").forward
+forward = load_kernels("glassgpt.inference.kernels.forward").forward
 print(sum(forward.stats.cache_hits.values()), "torch" in sys.modules)
 """
     environment = os.environ | {"GLASSGPT_CACHE": str(tmp_path),
@@ -407,7 +408,7 @@ print(sum(forward.stats.cache_hits.values()), "torch" in sys.modules)
 
 def test_every_shape_of_model_has_the_same_compiled_code(tmp_path: Path) -> None:
     """From files, whose arrays can't be written to; tied and untied."""
-    from glassgpt.checkpoint import Checkpoint, load_model, save_model
+    from glassgpt.checkpoints.run_directory import Checkpoint, load_model, save_model
 
     folder, letters = kernel_folder(), [chr(97 + i) for i in range(36)]
     for name in ("gpt2", "qwen3", "llama", "bigram"):
@@ -476,7 +477,7 @@ def test_old_compiled_code_goes_after_a_month(
 def test_the_faster_engine_is_measured_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from glassgpt.engine import choose
+    from glassgpt.inference.engines import choose
 
     monkeypatch.setattr(choose, "kernel_folder", lambda: tmp_path)
     rates, said = [{"numba": 3.0, "numpy": 4.0}, {"numba": 5.0, "numpy": 4.0}], []
@@ -496,7 +497,7 @@ def test_the_faster_engine_is_measured_once(
 
 
 def test_both_engines_are_really_measured() -> None:
-    from glassgpt.engine.choose import measure
+    from glassgpt.inference.engines.choose import measure
 
     rates = measure(tiny_config("modern"))
     assert set(rates) == {"numba", "numpy"}

@@ -13,12 +13,19 @@ import torch
 import torch.nn.functional as F
 
 from conftest import tiny_config, tiny_model
-from glassgpt import evaluate
-from glassgpt.engine.reference import ReferenceEngine
 from glassgpt.errors import UserError
-from glassgpt.evaluate import TextLoss, read_text, table, text_loss, token_losses, windows
-from glassgpt.runlog import Progress
-from glassgpt.tokenizer import CharTokenizer, byte_tokenizer
+from glassgpt.evaluation import text_loss as evaluate
+from glassgpt.evaluation.text_loss import (
+    TextLoss,
+    read_text,
+    table,
+    text_loss,
+    token_losses,
+    windows,
+)
+from glassgpt.inference.engines.reference import ReferenceEngine
+from glassgpt.reporting.run_log import Progress
+from glassgpt.tokenizers.tokenizer import CharTokenizer, byte_tokenizer
 
 LETTERS = string.ascii_lowercase + string.digits  # 36, and <unk>
 TOKENIZER = CharTokenizer.from_characters(LETTERS)

@@ -13,11 +13,11 @@ from tests.conftest import tiny_config, tiny_model
 from tests.unit.test_trace import FAMILIES, some_tokens
 
 from glassgpt.errors import UserError
-from glassgpt.explain import explain
-from glassgpt.explore.held import SIDE, HeldTrace
-from glassgpt.lens import attribution, logit_lens, without
+from glassgpt.interpret.explain import explain
+from glassgpt.interpret.lens import attribution, logit_lens, without
+from glassgpt.interpret.trace import record
 from glassgpt.model import GPT
-from glassgpt.trace import record
+from glassgpt.studio.held_trace import SIDE, HeldTrace
 
 
 @pytest.fixture(params=FAMILIES)

@@ -14,9 +14,9 @@ import pytest
 
 from conftest import tiny_config, tiny_model, weights_of
 from glassgpt import numpy_gpt
+from glassgpt.checkpoints.npz import read_numpy, write_numpy
 from glassgpt.config import ModelConfig
 from glassgpt.errors import UserError
-from glassgpt.export.numpy import read_numpy, write_numpy
 
 
 class Lazy(Mapping[str, np.ndarray]):

@@ -9,15 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from glassgpt import plot_inside
-from glassgpt.figures import (
-    KINDS,
-    differences,
-    kind_of,
-    label_of,
-    short_names,
-)
-from glassgpt.tokenizer import CharTokenizer, byte_tokenizer, train_bpe
+from glassgpt.cli.figures import KINDS, differences, kind_of, label_of, short_names
+from glassgpt.interpret import figures as plot_inside
+from glassgpt.tokenizers.tokenizer import CharTokenizer, byte_tokenizer, train_bpe
 
 
 def test_names_are_as_short_as_they_can_be() -> None:

@@ -14,14 +14,14 @@ import torch
 
 import glassgpt
 from conftest import refuse, tiny_config, tiny_model, weights_of
-from glassgpt import checkpoint as ckpt
+from glassgpt.checkpoints import run_directory as ckpt
+from glassgpt.checkpoints.load import load_pretrained
 from glassgpt.config import ModelConfig
 from glassgpt.errors import UserError
-from glassgpt.finetuning import finetune
-from glassgpt.pretrained import load_pretrained
-from glassgpt.runlog import Progress, read_metrics
-from glassgpt.tokenizer import CharTokenizer, byte_tokenizer, train_bpe
-from glassgpt.training import train
+from glassgpt.finetuning.run import finetune
+from glassgpt.reporting.run_log import Progress, read_metrics
+from glassgpt.tokenizers.tokenizer import CharTokenizer, byte_tokenizer, train_bpe
+from glassgpt.training.run import train
 
 LETTERS = "\n !#:?.abcdefghijklmnopqrstuvwxyzSUAysertiant"
 FAST = dict(max_steps=6, eval_interval=2, log_interval=1, batch_tokens=80, sample_tokens=6,

@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from conftest import tiny_config, tiny_model
 from glassgpt.config import ModelConfig, RopeScaling
 from glassgpt.data.batches import IGNORE
-from glassgpt.engine.compiled import load_kernels
-from glassgpt.fused import step
-from glassgpt.fused.step import FusedStep, Weights, can_fuse
+from glassgpt.inference.kernels.compiled import load_kernels
 from glassgpt.model import GPT
+from glassgpt.training.fused import step
+from glassgpt.training.fused.step import FusedStep, Weights, can_fuse
 
 Gradients = dict[str, torch.Tensor]
 
@@ -238,7 +238,7 @@ def test_weights_beyond_all_bounds_are_noticed(dtype: torch.dtype, bad: float, n
 
 
 def kernels() -> Any:
-    return load_kernels("glassgpt.fused.kernels")
+    return load_kernels("glassgpt.training.fused.kernels")
 
 
 def test_numbers_are_rounded_as_torch_rounds_them() -> None:

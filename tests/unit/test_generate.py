@@ -13,15 +13,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import tiny_config, tiny_model, weights_of
-from glassgpt import generate
 from glassgpt.api import LoadedModel
-from glassgpt.checkpoint import Checkpoint
+from glassgpt.checkpoints.run_directory import Checkpoint
 from glassgpt.config import ModelConfig, Sampling
-from glassgpt.engine.reference import ReferenceEngine
 from glassgpt.errors import UserError
-from glassgpt.generate import Piece, complete, stream, window
+from glassgpt.inference import generate
+from glassgpt.inference.engines.reference import ReferenceEngine
+from glassgpt.inference.generate import Piece, complete, stream, window
 from glassgpt.model import GPT
-from glassgpt.tokenizer import CharTokenizer, Tokenizer, byte_tokenizer, unknown_note
+from glassgpt.tokenizers.tokenizer import CharTokenizer, Tokenizer, byte_tokenizer, unknown_note
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz .,!?\n-:;'"
 both_shapes = pytest.mark.parametrize("shape", ["gpt2", "modern"])

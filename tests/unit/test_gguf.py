@@ -19,13 +19,19 @@ import pytest
 from gguf import GGUFReader
 
 from conftest import tiny_config
-from glassgpt.chat import Chat, choose_template
-from glassgpt.checkpoint import Checkpoint
+from glassgpt.checkpoints.compare import largest_difference
+from glassgpt.checkpoints.gguf import Kind, read_gguf, write_gguf
+from glassgpt.checkpoints.run_directory import Checkpoint
 from glassgpt.config import ModelConfig, RopeScaling
 from glassgpt.errors import UserError
-from glassgpt.export.compare import largest_difference
-from glassgpt.export.gguf import Kind, read_gguf, write_gguf
-from glassgpt.tokenizer import CharTokenizer, Tokenizer, byte_tokenizer, from_spec, train_bpe
+from glassgpt.tokenizers.chat_template import Chat, choose_template
+from glassgpt.tokenizers.tokenizer import (
+    CharTokenizer,
+    Tokenizer,
+    byte_tokenizer,
+    from_spec,
+    train_bpe,
+)
 
 CHARACTERS = CharTokenizer.from_characters("abcdefghijklmnopqrstuvwxyz .,!?\n-:;'")  # 36, <unk>
 LLAMA3 = RopeScaling(kind="llama3", factor=8.0, low_freq_factor=0.5, high_freq_factor=1.8,

@@ -16,10 +16,10 @@ import torch
 
 from conftest import long_texts, tiny_config, tiny_model
 from glassgpt.config import ModelConfig
-from glassgpt.engine import Engine, gpu
-from glassgpt.engine.gpu import GpuEngine
-from glassgpt.engine.reference import ReferenceEngine
 from glassgpt.errors import UserError
+from glassgpt.inference.engines import Engine, gpu
+from glassgpt.inference.engines.gpu import GpuEngine
+from glassgpt.inference.engines.reference import ReferenceEngine
 from glassgpt.model import CausalSelfAttention, attention_by_hand
 
 CONTEXT = 31  # 32 places: one more than a full text

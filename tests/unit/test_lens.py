@@ -10,7 +10,7 @@ from test_trace import FAMILIES, some_tokens
 
 from conftest import tiny_config, tiny_model
 from glassgpt.errors import UserError
-from glassgpt.lens import (
+from glassgpt.interpret.lens import (
     attribution,
     combine,
     find_part,
@@ -20,8 +20,8 @@ from glassgpt.lens import (
     stream_names,
     without,
 )
+from glassgpt.interpret.trace import record
 from glassgpt.model import GPT
-from glassgpt.trace import record
 
 
 @pytest.fixture(params=FAMILIES)

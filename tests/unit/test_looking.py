@@ -11,10 +11,10 @@ import torch
 
 from conftest import tiny_config, tiny_model, weights_of
 from glassgpt.api import LoadedModel
-from glassgpt.checkpoint import Checkpoint
+from glassgpt.checkpoints.run_directory import Checkpoint
+from glassgpt.cli.trace_report import describe_preset, look
 from glassgpt.errors import UserError
-from glassgpt.looking import describe_preset, look
-from glassgpt.tokenizer import CharTokenizer
+from glassgpt.tokenizers.tokenizer import CharTokenizer
 
 LETTERS = [chr(ord("a") + i) for i in range(26)] + list(" .,!?0123")
 TEXT = "abcab ca"

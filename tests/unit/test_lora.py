@@ -13,12 +13,13 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-import glassgpt.lora
+import glassgpt.finetuning.lora
 from conftest import tiny_config, tiny_model, weights_of
+from glassgpt.checkpoints.peft import apply_adapter, to_peft
+from glassgpt.checkpoints.tensors import SafeTensors, write_tensors
 from glassgpt.config import LORA_TARGETS, FinetuneConfig, ModelConfig
-from glassgpt.convert.peft import apply_adapter, to_peft
 from glassgpt.errors import UserError
-from glassgpt.lora import (
+from glassgpt.finetuning.lora import (
     AdaptedLinear,
     LoRA,
     adapter_tensors,
@@ -27,10 +28,9 @@ from glassgpt.lora import (
     merged,
     merged_weights,
 )
-from glassgpt.loss import NextTokenLoss
 from glassgpt.model import GPT
-from glassgpt.tensors import SafeTensors, write_tensors
-from glassgpt.workers import share_weights
+from glassgpt.training.loss import NextTokenLoss
+from glassgpt.training.workers import share_weights
 
 SHAPES = {
     "gpt2": tiny_config("gpt2"),
@@ -212,7 +212,7 @@ def test_no_restored_copy_of_a_matrix_lives_until_the_backward_pass(
     model = adapted_model(config, LoRA(5, 7.0, base_weights=precision)).train()
     shapes = {tuple(module.weight.shape) for module in matrices(model).values()}
     frozen = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    saved, made, restore = [], [], glassgpt.lora._restored
+    saved, made, restore = [], [], glassgpt.finetuning.lora._restored
 
     def spy(*arguments: Any) -> torch.Tensor:
         made.append(weakref.ref(result := restore(*arguments)))
@@ -224,7 +224,7 @@ def test_no_restored_copy_of_a_matrix_lives_until_the_backward_pass(
             saved.append(tuple(tensor.shape))
         return tensor
 
-    monkeypatch.setattr(glassgpt.lora, "_restored", spy)
+    monkeypatch.setattr(glassgpt.finetuning.lora, "_restored", spy)
     with (
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
         torch.autocast("cpu", torch.bfloat16, enabled=autocast),

@@ -18,8 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from conftest import tiny_config, tiny_model
-from glassgpt.loss import NextTokenLoss
 from glassgpt.model import GPT
+from glassgpt.training.loss import NextTokenLoss
 
 B, T, V = 5, 11, 211
 CHUNK = 21 * V  # 55 rows make four chunks: three of 14, and one of 13

@@ -16,9 +16,9 @@ import torch
 
 from conftest import tiny_config, tiny_model
 from glassgpt.cache import KVCache
+from glassgpt.checkpoints.onnx import _save, largest_difference, write_onnx
 from glassgpt.config import ModelConfig
 from glassgpt.errors import UserError
-from glassgpt.export.onnx import _save, largest_difference, write_onnx
 from glassgpt.model import GPT, attention_by_hand
 
 CONFIGS = {
@@ -153,7 +153,7 @@ def test_large_weights_lie_beside_the_graph(
     weights = [p.detach().clone() for p in model.parameters()]
     path = tmp_path / "model.onnx"
     with monkeypatch.context() as patch:
-        patch.setattr("glassgpt.export.onnx.ONE_FILE_LIMIT", 100)
+        patch.setattr("glassgpt.checkpoints.onnx.ONE_FILE_LIMIT", 100)
         write_onnx(path, model)
     assert sorted(os.listdir(tmp_path)) == ["model.onnx", "model.onnx.data"]
     size = path.with_name("model.onnx.data").stat().st_size

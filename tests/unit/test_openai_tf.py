@@ -18,10 +18,10 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from bundle_writer import block, entry, field, index, table, varint, write_bundle
 from glassgpt import numpy_gpt
-from glassgpt.convert import crc32c as crc32c_module
-from glassgpt.convert.crc32c import crc32c, masked
-from glassgpt.convert.openai_tf import MODELS, files_of, from_openai, is_openai, load_openai
-from glassgpt.convert.tensor_bundle import TensorBundle
+from glassgpt.checkpoints import crc32c as crc32c_module
+from glassgpt.checkpoints.crc32c import crc32c, masked
+from glassgpt.checkpoints.openai import MODELS, files_of, from_openai, is_openai, load_openai
+from glassgpt.checkpoints.tensor_bundle import TensorBundle
 from glassgpt.errors import UserError
 
 FIXTURE = Path(__file__).parent / "openai_fixture"

@@ -14,7 +14,7 @@ from conftest import tiny_config, tiny_model
 from glassgpt.config import TrainConfig
 from glassgpt.errors import UserError
 from glassgpt.model import GPT
-from glassgpt.optim import (
+from glassgpt.training.optimizers import (
     AdamW,
     Muon,
     learning_rate_at,
@@ -24,7 +24,7 @@ from glassgpt.optim import (
     restore_optimizers,
     set_learning_rate,
 )
-from glassgpt.workers import Workers
+from glassgpt.training.workers import Workers
 
 SCHEDULES = ["cosine", "linear", "constant"]
 

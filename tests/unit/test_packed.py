@@ -13,11 +13,11 @@ from conftest import tiny_config, tiny_model
 from glassgpt import runtime
 from glassgpt.config import TrainConfig
 from glassgpt.data.batches import IGNORE
-from glassgpt.fused.step import FusedStep
-from glassgpt.loss import NextTokenLoss
 from glassgpt.model import GPT, CausalSelfAttention, attention_by_hand
-from glassgpt.passes import Passes
-from glassgpt.runlog import Progress
+from glassgpt.reporting.run_log import Progress
+from glassgpt.training.fused.step import FusedStep
+from glassgpt.training.loss import NextTokenLoss
+from glassgpt.training.step import Passes
 
 T, V = 13, 37
 SHAPES: dict[str, Any] = {

@@ -13,18 +13,18 @@ import pytest
 import torch
 
 from conftest import tiny_config, tiny_model
-from glassgpt import passes as room
 from glassgpt import runtime
 from glassgpt.config import ModelConfig, TrainConfig
-from glassgpt.costs import useful_workers
 from glassgpt.data.batches import IGNORE
-from glassgpt.engine.compiled import load_kernels
 from glassgpt.errors import UserError
-from glassgpt.fused.step import FusedStep
+from glassgpt.inference.kernels.compiled import load_kernels
 from glassgpt.model import GPT
-from glassgpt.passes import AutogradStep, Passes
-from glassgpt.runlog import Progress
-from glassgpt.workers import Workers, share_weights
+from glassgpt.reporting.run_log import Progress
+from glassgpt.training import step as room
+from glassgpt.training.fused.step import FusedStep
+from glassgpt.training.planning.costs import useful_workers
+from glassgpt.training.step import AutogradStep, Passes
+from glassgpt.training.workers import Workers, share_weights
 
 ROWS, T = 6, 11
 Gradients = dict[str, torch.Tensor]

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from conftest import tiny_config
-from glassgpt import planner, runtime
+from glassgpt import runtime
 from glassgpt.config import TrainConfig
-from glassgpt.planner import calibrate, make_plan
+from glassgpt.training.planning import planner
+from glassgpt.training.planning.planner import calibrate, make_plan
 
 
 @pytest.mark.parametrize("shape", ["gpt2", "modern"])

@@ -13,10 +13,10 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from glassgpt import plot
-from glassgpt.canvas import COLOURS, check_target, font_note, readable, shortened
 from glassgpt.errors import UserError
-from glassgpt.plot import Curve, loss_curve, loss_curves
+from glassgpt.reporting import loss_curves as plot
+from glassgpt.reporting.canvas import COLOURS, check_target, font_note, readable, shortened
+from glassgpt.reporting.loss_curves import Curve, loss_curve, loss_curves
 
 
 def rows(*losses: float, start: int = 0) -> list[dict[str, Any]]:

@@ -19,16 +19,16 @@ import numpy as np
 import pytest
 
 from glassgpt.config import DataConfig
-from glassgpt.data import folder
 from glassgpt.data import prepare as module
+from glassgpt.data import prepared as folder
 from glassgpt.data.batches import is_prepared, load_data
 from glassgpt.data.overlap import WINDOW, OverlapSample
 from glassgpt.data.prepare import prepare
 from glassgpt.data.report import describe
 from glassgpt.data.sources import resolve
 from glassgpt.errors import UserError, explain_os_errors
-from glassgpt.tokenizer import END_OF_TEXT, CharTokenizer, to_files
-from glassgpt.training import train
+from glassgpt.tokenizers.tokenizer import END_OF_TEXT, CharTokenizer, to_files
+from glassgpt.training.run import train
 
 STORY = "In the beginning there was a small machine that liked to read.\nIt read all day.\n"
 
@@ -526,7 +526,7 @@ def test_what_is_no_text_is_refused_and_leaves_nothing(tmp_path):
 def test_a_signal_leaves_nothing(tmp_path, signum, status):
     source = tmp_path / "big.txt"
     source.write_text(STORY * 400_000)  # 32 MB: seconds of work
-    code = (f"from glassgpt.cli import main; main(['prepare', {str(source)!r}, '--out', "
+    code = (f"from glassgpt.cli.app import main; main(['prepare', {str(source)!r}, '--out', "
             f"{str(tmp_path / 'out')!r}, '--tokenizer', 'bpe:400'])")  # fmt: skip
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE)
     deadline = time.monotonic() + 60

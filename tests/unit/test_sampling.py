@@ -13,7 +13,7 @@ from hypothesis.extra.numpy import arrays
 
 from glassgpt.config import Sampling
 from glassgpt.errors import UserError
-from glassgpt.generate import (
+from glassgpt.inference.generate import (
     draw,
     filter_logits,
     keep_min_p,

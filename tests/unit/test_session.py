@@ -14,14 +14,14 @@ import torch
 from tests.conftest import tiny_config, tiny_model, weights_of
 from tests.unit.test_trace import FAMILIES
 
-from glassgpt.checkpoint import Checkpoint, load_model, save_model, save_snapshot
+from glassgpt.checkpoints.run_directory import Checkpoint, load_model, save_model, save_snapshot
 from glassgpt.errors import UserError
-from glassgpt.explore import session as sessions
-from glassgpt.explore.drawing import in_context
-from glassgpt.explore.requests import DistributionRequest, SampleRequest, TraceRequest
-from glassgpt.explore.session import NotHeldError, Session
-from glassgpt.explore.words import likeliest, merges
-from glassgpt.tokenizer import CharTokenizer, Tokenizer, byte_tokenizer, train_bpe
+from glassgpt.studio import session as sessions
+from glassgpt.studio.drawing import in_context
+from glassgpt.studio.requests import DistributionRequest, SampleRequest, TraceRequest
+from glassgpt.studio.session import NotHeldError, Session
+from glassgpt.studio.words import likeliest, merges
+from glassgpt.tokenizers.tokenizer import CharTokenizer, Tokenizer, byte_tokenizer, train_bpe
 
 LETTERS = CharTokenizer.from_characters([chr(97 + i) for i in range(26)] + list(" .,!?\n-:;'"))
 

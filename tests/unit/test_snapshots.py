@@ -14,21 +14,21 @@ from safetensors.numpy import load_file
 
 import glassgpt
 from conftest import refuse, tiny_config
-from glassgpt.checkpoint import (
+from glassgpt.checkpoints.load import load_pretrained
+from glassgpt.checkpoints.run_directory import (
     Checkpoint,
     load_model,
     rewind_snapshots,
     save_snapshot,
     snapshots,
 )
-from glassgpt.clock import Clock
 from glassgpt.config import TrainConfig
 from glassgpt.errors import UserError
-from glassgpt.finetuning import finetune
-from glassgpt.pretrained import load_pretrained
-from glassgpt.runlog import Progress, read_metrics
-from glassgpt.tokenizer import CharTokenizer
-from glassgpt.training import train
+from glassgpt.finetuning.run import finetune
+from glassgpt.reporting.run_log import Progress, read_metrics
+from glassgpt.tokenizers.tokenizer import CharTokenizer
+from glassgpt.training.run import train
+from glassgpt.training.schedule import Clock
 
 TINY = dict(n_layer=1, n_head=2, n_embd=12, context_length=11, batch_tokens=66, max_steps=13,
             eval_interval=5, log_interval=1, sample_tokens=5, warmup_steps=2, learning_rate=1e-2,

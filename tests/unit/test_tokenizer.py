@@ -16,11 +16,10 @@ import tokenizers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-import glassgpt.generate
-from glassgpt.data.vocabulary import build_tokenizer
+import glassgpt.inference.generate
 from glassgpt.errors import UserError
-from glassgpt.generate import IncrementalDecoder
-from glassgpt.tokenizer import (
+from glassgpt.inference.generate import IncrementalDecoder
+from glassgpt.tokenizers.tokenizer import (
     END_OF_TEXT,
     UNKNOWN,
     CharTokenizer,
@@ -32,7 +31,8 @@ from glassgpt.tokenizer import (
     to_files,
     train_bpe,
 )
-from glassgpt.tokenizer_json import byte_alphabet
+from glassgpt.tokenizers.tokenizer_json import byte_alphabet
+from glassgpt.tokenizers.vocabulary import build_tokenizer
 
 CORPUS = (
     "The Wizard said: \"I can't help you, dear; we'll see!\" 1900, 1,234.5 ...\n\n"
@@ -268,8 +268,8 @@ def test_a_character_appears_with_its_last_byte() -> None:
 
 
 def test_docstrings() -> None:
-    assert doctest.testmod(glassgpt.generate).attempted > 0
-    assert doctest.testmod(glassgpt.generate).failed == 0
+    assert doctest.testmod(glassgpt.inference.generate).attempted > 0
+    assert doctest.testmod(glassgpt.inference.generate).failed == 0
 
 
 # -- files ---------------------------------------------------------------------------------------

@@ -15,8 +15,8 @@ from conftest import tiny_config, tiny_model
 from glassgpt.cache import KVCache
 from glassgpt.config import ModelConfig
 from glassgpt.errors import UserError
+from glassgpt.interpret.trace import record, record_attention, shapes_of, source
 from glassgpt.model import GPT, attention, attention_by_hand
-from glassgpt.trace import record, record_attention, shapes_of, source
 
 FAMILIES = {
     "gpt2": dict(shape="gpt2"),

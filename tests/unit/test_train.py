@@ -16,16 +16,17 @@ import numpy as np
 import pytest
 import torch
 
-from glassgpt import checkpoint, runtime
+from glassgpt import runtime
+from glassgpt.checkpoints import run_directory as checkpoint
 from glassgpt.config import ModelConfig, TrainConfig
 from glassgpt.data.batches import load_data
 from glassgpt.data.prepare import prepare
-from glassgpt.engine.compiled import load_kernels
 from glassgpt.errors import UserError
+from glassgpt.inference.kernels.compiled import load_kernels
 from glassgpt.model import GPT
-from glassgpt.runlog import Progress, read_metrics
-from glassgpt.trainer import Trainer
-from glassgpt.training import new_folder, train
+from glassgpt.reporting.run_log import Progress, read_metrics
+from glassgpt.training.loop import Trainer
+from glassgpt.training.run import new_folder, train
 
 TINY = dict(n_layer=2, n_head=2, n_embd=12, context_length=11, batch_tokens=66, max_steps=12,
             eval_interval=4, log_interval=1, sample_tokens=5, warmup_steps=2,

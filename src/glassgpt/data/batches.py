@@ -18,10 +18,10 @@ from typing import Protocol
 
 import numpy as np
 
-from glassgpt.convert.nanogpt import read_meta
-from glassgpt.data.folder import is_prepared as is_prepared  # whoever loads data asks that first
+from glassgpt.checkpoints.nanogpt import read_meta
+from glassgpt.data.prepared import is_prepared as is_prepared  # whoever loads data asks that first
 from glassgpt.errors import UserError, explain_os_errors, first_of
-from glassgpt.tokenizer import Tokenizer, fingerprint, load_tokenizer
+from glassgpt.tokenizers.tokenizer import Tokenizer, fingerprint, load_tokenizer
 
 IGNORE = -100  # a target that carries no loss
 
@@ -230,7 +230,7 @@ def _load_nanogpt(path: Path) -> Dataset:
     if (path / "meta.pkl").exists():
         tokenizer: Tokenizer = read_meta(path / "meta.pkl")
     else:  # nanoGPT's own rule: no meta.pkl means GPT-2's BPE
-        from glassgpt.data.vocabulary import build_tokenizer
+        from glassgpt.tokenizers.vocabulary import build_tokenizer
 
         tokenizer = build_tokenizer("gpt2", lambda: iter(()))
     size = tokenizer.vocab_size

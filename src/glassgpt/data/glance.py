@@ -16,8 +16,8 @@ from glassgpt.config import DataConfig
 from glassgpt.data import sources
 from glassgpt.data.batches import is_prepared, load_data
 from glassgpt.data.prepare import data_key
-from glassgpt.data.vocabulary import build_tokenizer
 from glassgpt.system import cache_dir
+from glassgpt.tokenizers.vocabulary import build_tokenizer
 
 _CHEAP_TO_READ = 1 << 26  # bytes of text
 _ASCII = "".join(map(chr, range(32, 127)))  # stands for a text that is not read

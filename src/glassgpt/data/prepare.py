@@ -26,12 +26,12 @@ import numpy as np
 from glassgpt.config import DataConfig
 from glassgpt.data import sources
 from glassgpt.data.batches import load_data
-from glassgpt.data.folder import TokenWriter, new_folder, read_meta
 from glassgpt.data.overlap import OverlapSample
-from glassgpt.data.vocabulary import build_tokenizer, tokenizer_path
+from glassgpt.data.prepared import TokenWriter, new_folder, read_meta
 from glassgpt.errors import UserError, explain_os_errors, first_of
 from glassgpt.system import usable_cores, write_file
-from glassgpt.tokenizer import Tokenizer, fingerprint, to_files
+from glassgpt.tokenizers.tokenizer import Tokenizer, fingerprint, to_files
+from glassgpt.tokenizers.vocabulary import build_tokenizer, tokenizer_path
 
 FORMAT = 3  # goes up when the same text and options give other tokens
 _PIECE_CHARS = 1 << 16  # of a long document; tiktoken is fastest on pieces that fit the cache

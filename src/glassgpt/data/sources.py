@@ -33,7 +33,7 @@ from glassgpt.data.archives import (
 )
 from glassgpt.data.corpora import CORPORA, RemoteFile, fetch
 from glassgpt.data.download import RangeFile
-from glassgpt.data.folder import has_tokens, is_prepared
+from glassgpt.data.prepared import has_tokens, is_prepared
 from glassgpt.data.records import TABLES
 from glassgpt.data.texts import Piece, cut_document, decode, split_documents
 from glassgpt.errors import UserError, explain_os_errors, nearest

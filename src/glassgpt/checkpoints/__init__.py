@@ -1,0 +1,1 @@
+"""The run directory, and every foreign format: one file a format."""

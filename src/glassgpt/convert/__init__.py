@@ -1,1 +1,0 @@
-"""Weights in other people's formats, in both directions."""

@@ -1,1 +1,0 @@
-"""The explorer: what a page in the browser asks about a model, and the server that answers."""

@@ -1,1 +1,0 @@
-"""A model as files for other programs."""

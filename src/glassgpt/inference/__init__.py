@@ -1,0 +1,1 @@
+"""From logits to text: sampling filters, the loop, the engines and their kernels."""

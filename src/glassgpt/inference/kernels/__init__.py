@@ -1,0 +1,1 @@
+"""Compiled loops that read quantised weights at the speed of memory."""

@@ -1,0 +1,1 @@
+"""What happens inside a model: traces, lenses, edits, and where a number comes from."""

@@ -1,0 +1,97 @@
+"""What a training is for: what it shows of itself on its way, and what is kept of it.
+
+    task = TextTask(tokenizer, config); print(task.show(model))
+
+The loop in trainer.py asks nothing else of what it trains than "rows in, loss out". What finetuning
+is for stands in finetune_tasks.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from glassgpt.checkpoints import run_directory as ckpt
+from glassgpt.config import Sampling, TrainConfig
+from glassgpt.inference.engines import Engine
+from glassgpt.inference.engines.cpu import NumpyEngine
+from glassgpt.inference.engines.reference import ReferenceEngine
+from glassgpt.inference.generate import complete
+from glassgpt.model import GPT, load_weights
+from glassgpt.tokenizers.tokenizer import Tokenizer, unknown_note
+
+_SMALL = 20_000_000  # parameters: a copy of them for sampling is no matter
+
+
+class TextTask:
+    """The next token of a text: it shows what the model writes, and keeps the model."""
+
+    verb = "train"
+    try_next = 'sample {run} --prompt "Once upon a time"'  # what to try with it
+    layer_decay = 1.0
+    dropout = 0.0  # beside that of the model
+    loss: dict[str, Any] = {}
+    per = "token"  # what the loss is the mean of
+
+    def __init__(self, tokenizer: Tokenizer, config: TrainConfig) -> None:
+        self.tokenizer, self.config = tokenizer, config
+
+    def guessing(self, model: GPT) -> tuple[float, str]:
+        """The loss of guessing with equal chance, and its name: a line in the curve."""
+        n = len(model.head.weight)
+        return math.log(n), f"guessing: ln({n:,}) = {math.log(n):.2f}"
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint of the training says of it."""
+        return {"verb": self.verb}
+
+    def note(self) -> str | None:
+        """What people should know before it begins."""
+        note = unknown_note(self.tokenizer, self.config.sample_prompt or "")
+        return f"note: --sample-prompt: {note}" if note else None
+
+    def show(self, model: GPT) -> str:
+        """A sample of what it writes now; "" when none is wanted."""
+        if not self.config.sample_tokens:
+            return ""
+        prompt = self.config.sample_prompt or ""
+        ids = self.tokenizer.encode(prompt, special=True) if prompt else []
+        how = Sampling(max_new_tokens=self.config.sample_tokens, temperature=0.8, top_k=200)
+        [piece] = complete(self.engine(model), self.tokenizer, [ids], how)
+        return prompt + piece.text
+
+    def engine(self, model: GPT) -> Engine:
+        """What writes samples; on a CPU, torch takes its time with small models."""
+        on_cpu = next(model.parameters()).device.type == "cpu"
+        if on_cpu and model.config.n_parameters < _SMALL:
+            return NumpyEngine(model.config, self.checkpoint(model, {}).weights)
+        return ReferenceEngine(model)
+
+    def checkpoint(self, model: GPT, info: dict[str, Any]) -> ckpt.Checkpoint:
+        """The model as it is saved; `info` goes into glassgpt.json."""
+        weights = {
+            name: tensor.detach().cpu().numpy()
+            for name, tensor in model.state_dict().items()
+            if name in model.config.weight_shapes
+        }
+        return ckpt.Checkpoint(model.config, weights, self.tokenizer, info)
+
+    def to_resume(
+        self, model: GPT, info: dict[str, Any]
+    ) -> tuple[ckpt.Checkpoint | None, dict[str, np.ndarray]]:
+        """What `restore` needs: a checkpoint, and tensors that it doesn't hold."""
+        return self.checkpoint(model, info), {}
+
+    def restore(
+        self, model: GPT, saved: ckpt.Checkpoint | None, tensors: Mapping[str, np.ndarray]
+    ) -> None:
+        assert saved is not None
+        load_weights(model, saved.weights)
+
+    def save(self, folder: Path, model: GPT, info: dict[str, Any]) -> None:
+        """Make `folder` a run directory with this model."""
+        ckpt.save_model(folder, self.checkpoint(model, info))
