@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -65,7 +66,7 @@ def main() -> int:
 
 def run(command: str, *more: str, launcher: tuple[str, ...] = ("-m", "glassgpt")) -> str:
     """What `glassgpt COMMAND` prints on stdout."""
-    words = "the a one two red blue house tree river walks sings under over my cat and then"
+    words = [sys.executable, *launcher, *command.split(), *more]
     environment = os.environ | {"COLUMNS": "80", "HF_HUB_OFFLINE": "1", "NO_COLOR": "1"}
     done = subprocess.run(words, capture_output=True, text=True, env=environment)
     if done.returncode:
