@@ -116,7 +116,7 @@ def texts(work: Path) -> dict[str, str]:
         command = (
             f"sample {GOLDEN} --max-new-tokens 60 --weights {weights} --temperature 0 --prompt"
         )
-        found[f"text {weights}"] = run(command, "--prompt", "The ")
+        found[f"text {weights}"] = run(command, "The ")
     found["text trace"] = run(f"trace {GOLDEN}", "The ")
     return found
 
