@@ -25,21 +25,7 @@ import numpy as np
 from safetensors.numpy import load_file
 
 GOLDEN = Path(__file__).parent / "modern"
-VERBS = [
-    "demo",
-    "prepare",
-    "train",
-    "finetune",
-    "plan",
-    "sample",
-    "chat",
-    "eval",
-    "plot",
-    "trace",
-    "export",
-    "explore",
-    "bench",
-]
+VERBS = "demo prepare train finetune plan sample chat eval plot trace export explore bench"
 GROUPS = {"bench": ["decode", "train"]}
 COMMON = (
     "--max-steps 40 --eval-interval 10 --log-interval 1 --batch-tokens 512 --seed 3 --threads 2"
@@ -123,7 +109,7 @@ def texts(work: Path) -> dict[str, str]:
 
 def helps() -> dict[str, str]:
     found = {"help": run("--help")}
-    for verb in VERBS.split():
+    for verb in VERBS.split(" "):
         found[f"help {verb}"] = run(f"{verb} --help")
         for group in GROUPS.get(verb, []):
             found[f"help {verb} {group}"] = run(f"{verb} {group} --help")
