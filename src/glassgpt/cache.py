@@ -2,11 +2,11 @@
 
     cache = KVCache(model.config, batch=1); logits = model(tokens, cache=cache)
 
-The caller owns it and passes it to `forward`; the model keeps no state of its own. `KVCache` holds
-sequences of one length and grows with them; `RowCache` shows one forward pass rows of different
-lengths in memory that never moves; `Packing` remembers nothing, and keeps apart texts that share a
-row in training. None knows anything of sampling or of what happens when the context is full
-(`generate.py` decides that).
+The caller owns the cache and passes it to `forward`; the model itself keeps no state. `KVCache`
+holds sequences of equal length and grows with them. `RowCache` gives one forward pass access to
+rows of different lengths, in memory that never moves. `Packing` stores nothing; it keeps apart
+texts that share a row in training. None of them knows about sampling, or about what happens when
+the context is full (`inference/generate.py` decides that).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 
 from glassgpt.config import ModelConfig
 
-_FIRST_CAPACITY = 256  # a whole context of 131,072 positions would be gigabytes
+_FIRST_CAPACITY = 256  # positions; a long context is allocated only as far as it is used
 
 
 class Cache(Protocol):
@@ -28,25 +28,28 @@ class Cache(Protocol):
     """Which of the S positions a new token sees, True in (B, 1, T, S); None: all before it."""
 
     def positions(self, n_tokens: int) -> slice | torch.Tensor:
-        """Where the new tokens stand in their texts: T places for all, or a tensor (B, T)."""
+        """Positions of the new tokens: a slice of length T for all rows, or a tensor (B, T)."""
         ...
 
     def extend(
         self, layer: int, k: torch.Tensor, v: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store this layer's new k, v (B, K, T, D); return all to look at, (B, K, S, D) each."""
+        """Store this layer's new k and v, (B, K, T, D) each.
+
+        Returns the keys and values to attend to, (B, K, S, D) each.
+        """
         ...
 
     def advance(self, n_tokens: int) -> None:
-        """Every layer has stored its part."""
+        """Count `n_tokens` as cached; called after every layer has stored its part."""
         ...
 
 
 class KVCache:
     """Keys and values of every layer for the positions seen so far, in one allocation.
 
-    keys, values: (L, B, K, capacity, D); the first `length` positions are in use. Without a
-    given `capacity` it doubles when it is full, up to the context.
+    keys, values: (L, B, K, capacity, D); the first `length` positions are in use. When no
+    `capacity` is given, it doubles whenever it is full, up to the context length.
     """
 
     mask: torch.Tensor | None = None
@@ -92,7 +95,7 @@ class KVCache:
         self.values = torch.cat((self.values, room), dim=3)
 
     def clone(self) -> KVCache:
-        """One more cache with the same content."""
+        """An independent cache with the same content."""
         copy = object.__new__(type(self))
         copy.__dict__.update(self.__dict__, keys=self.keys.clone(), values=self.values.clone())
         return copy
@@ -102,16 +105,16 @@ class KVCache:
 
 
 class RowCache:
-    """Some rows of a larger memory, each with a length of its own, for one forward pass.
+    """Rows of a larger memory, each with its own length, for one forward pass.
 
     keys, values: for each layer (R, K, capacity, D), R >= B. Nothing here depends on a number that
-    only the host knows, so that the pass can be compiled once and replayed as a CUDA graph.
+    only the host knows, so the pass can be compiled once and replayed as a CUDA graph.
 
-    rows (B,): where the B sequences of the pass are; None for the first B, which are then read
-    where they lie, without a copy. positions (B, T): of the new tokens in their texts. places
-    (B, T): where their keys and values go; `positions`, but for what is only there to fill the
-    batch, which goes to a place that no text uses. A token sees the `visible` first places, up to
-    its own position. `fresh` says that all texts begin here, so that plain causality will do.
+    rows (B,): the row of each of the B sequences; None means the first B rows, which are then read
+    in place, without a copy. positions (B, T): of the new tokens in their texts. places (B, T):
+    where their keys and values are stored. That equals `positions`, except for tokens that only
+    pad the batch: they go to a place that no text uses. A token sees the first `visible` places up
+    to its own position. `fresh`: all texts begin in this pass, so the plain causal mask is enough.
     """
 
     def __init__(
@@ -148,19 +151,18 @@ class RowCache:
         return seen[0], seen[1]
 
     def advance(self, n_tokens: int) -> None:
-        """Whoever owns the rows counts."""
+        """Nothing to do: the owner of the rows counts their lengths."""
 
 
 class Packing:
-    """Rows in which several texts stand one behind the other: a token sees its own text alone.
+    """Rows that hold several short texts one after the other; a token sees only its own text.
 
-    positions (B, T): of the tokens in their texts; one begins wherever it is 0. What the texts have
-    in common is the row, so that short ones don't waste it.
+    positions (B, T): of the tokens in their texts; a text begins wherever the position is 0.
     """
 
     def __init__(self, positions: torch.Tensor) -> None:
         self._positions, T = positions, positions.size(1)
-        text = (positions == 0).cumsum(dim=1)  # (B, T): which of its row
+        text = (positions == 0).cumsum(dim=1)  # (B, T): number of the text in its row
         same = text[:, :, None] == text[:, None, :]  # (B, T, T)
         before = torch.ones(T, T, dtype=torch.bool, device=positions.device).tril()
         self.mask: torch.Tensor | None = (same & before)[:, None]  # (B, 1, T, T)
@@ -174,4 +176,4 @@ class Packing:
         return k, v
 
     def advance(self, n_tokens: int) -> None:
-        """Nothing follows."""
+        """Nothing to do: nothing is cached."""

@@ -1,7 +1,7 @@
-"""The one exception that people see, and the phrases that its messages share.
+"""The one exception that users see, and the phrases that its messages share.
 
 Bad input raises `UserError`; the command line prints it on one line and exits with status 2.
-This room knows nothing of models, files or terminals.
+This module knows nothing of models, files or terminals.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ class UserError(ValueError):
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:
-    """A " Did you mean 'x'?" for the choice closest to `name`, or "" when none is close."""
+    """ " Did you mean 'x'?" with the choice closest to `name`, or "" when none is close."""
     close = difflib.get_close_matches(name, list(choices), n=1)
     return f" Did you mean {close[0]!r}?" if close else ""
 
 
 def first_of(names: Sequence[str]) -> str:
-    """ "book.txt and 3 more", for a message that has no room for all."""
+    """ "book.txt and 3 more", for messages that have no room for every name."""
     return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
 
 
@@ -44,9 +44,9 @@ _OS_REMEDIES = {
 
 @contextmanager
 def explain_os_errors(doing: str) -> Iterator[None]:
-    """Turn the operating system's errors into a `UserError`: "cannot {doing}: no space left ...".
+    """Turn errors of the operating system into a `UserError`: "cannot {doing}: no space left ...".
 
-    `doing` says what was being tried, with the path: "write runs/book".
+    `doing` names the action and its path: "write runs/book".
     """
     try:
         yield

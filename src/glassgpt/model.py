@@ -89,9 +89,9 @@ def attention(
     dropout: float = 0.0,
     mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The same by torch's fused kernel, which never stores the (T, S) scores."""
+    """Compute `attention_by_hand` with torch's fused kernel, which never stores the (T, S) scores."""
     T, S = q.size(-2), k.size(-2)
-    if mask is None and 1 < T < S:  # behind a cached prefix; "is_causal" would align top-left
+    if mask is None and 1 < T < S:  # after a cached prefix; "is_causal" would align top-left
         mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(diagonal=S - T)
     return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None and T > 1)
 
@@ -216,8 +216,8 @@ class GPT(nn.Module):
     def from_weights(cls, config: ModelConfig, weights: Mapping[str, np.ndarray]) -> GPT:
         """A model with these weights (names of model.py), in evaluation mode.
 
-        Never two copies in memory: parameters are made without storage and take each array's
-        copy as it comes.
+        Memory never holds two copies: parameters are created without storage, and each takes
+        the copy of its array as it is read.
         """
         with torch.device("meta"):
             model = cls(config)
@@ -234,8 +234,8 @@ class GPT(nn.Module):
     def init_weights(self) -> None:
         """Every matrix N(0, 0.02), as GPT-2; biases 0; norms 1.
 
-        The 2L matrices that write to the residual stream start smaller by sqrt(2L), so that its
-        variance at the last block does not grow with depth (GPT-2 paper, section 2.3).
+        The 2L matrices that write to the residual stream start smaller by sqrt(2L), so that the
+        variance of the stream at the last block does not grow with depth (GPT-2 paper, section 2.3).
         """
         for name, parameter in self.named_parameters():
             if parameter.dim() < 2:
@@ -251,8 +251,8 @@ class GPT(nn.Module):
         tokens (B, T) int64 -> (B, T, C). With a cache, `tokens` continue what it holds.
         """
         T, limit = tokens.size(1), self.config.context_length
-        at = slice(T) if cache is None else cache.positions(T)  # T of them, or (B, T)
-        if isinstance(at, slice):  # to look into a tensor, the host would wait for the GPU
+        at = slice(T) if cache is None else cache.positions(T)  # a slice of T positions, or (B, T)
+        if isinstance(at, slice):  # reading a tensor would make the host wait for the GPU
             assert at.stop <= limit, f"{at.stop} positions, but the context is {limit}"
         x = self.token_embedding(tokens)  # (B, T, C)
         rotation = None
@@ -284,7 +284,7 @@ class GPT(nn.Module):
 
 
 def crop_positions(weights: Mapping[str, np.ndarray], config: ModelConfig):
-    """The same weights for a shorter context: of learned positions only the first are left."""
+    """The weights for a shorter context: of learned positions, only the first remain."""
     name = "position_embedding.weight"
     if name not in weights:
         return weights
