@@ -31,7 +31,7 @@ from typing import Any
 
 import numpy as np
 
-from glassgpt.reporting.run_log import aligned
+from glassgpt.reporting.terminal import aligned
 
 RESULTS = Path(__file__).parent / "results" / "decode_cpu.json"
 PROMPT, LONG_PROMPT, NEW = 32, 512, 128

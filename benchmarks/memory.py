@@ -26,7 +26,7 @@ import numpy as np
 
 from glassgpt.config import ModelConfig
 from glassgpt.options import split_options
-from glassgpt.reporting.run_log import aligned
+from glassgpt.reporting.terminal import aligned
 from glassgpt.training.planning.costs import Memory, memory, way
 
 RESULTS = Path(__file__).parent / "results" / "memory.json"

@@ -68,12 +68,12 @@ def data() -> Dataset:
     `.tokenizer`."""
     import torch
 
-    from glassgpt.reporting.run_log import Progress
     from glassgpt.runtime import Machine
+    from glassgpt.system import SILENT
     from glassgpt.training.run import open_data
 
     machine = Machine(torch.device("cpu"), torch.float32)
-    return open_data({"data": [text_name()]}, set(), machine, Progress())
+    return open_data({"data": [text_name()]}, set(), machine, SILENT)
 
 
 # -- the model that later lessons look at --------------------------------------------------------

@@ -9,7 +9,7 @@ import logging
 import operator
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,8 @@ from glassgpt.errors import UserError, nearest
 from glassgpt.inference.engines import Engine
 from glassgpt.inference.engines.choose import build_engine, check_choice
 from glassgpt.inference.generate import Piece, complete, stream
-from glassgpt.reporting.run_log import aligned
+from glassgpt.reporting.terminal import aligned
+from glassgpt.system import Reporter
 from glassgpt.tokenizers.tokenizer import Tokenizer, unknown_note
 
 if TYPE_CHECKING:
@@ -32,7 +33,16 @@ if TYPE_CHECKING:
 
 
 Prompt = str | Sequence[int]
-_log = logging.getLogger("glassgpt")  # a process that set up nothing prints its warnings
+
+
+class _Logged(Reporter):
+    """Notes become warnings of the logger "glassgpt", which Python prints unless told otherwise."""
+
+    def say(self, text: str = "") -> None:
+        logging.getLogger("glassgpt").warning(text)
+
+
+_LOGGED = _Logged()
 
 
 class LoadedModel:
@@ -72,7 +82,7 @@ class LoadedModel:
         threads: int | None = None,
         *,
         compile: bool | None = False,
-        say: Callable[[str], None] = _log.warning,
+        reporter: Reporter = _LOGGED,
     ) -> Engine:
         """What computes when text is generated, with rows of its own; the last one's weights are
         kept. On a GPU, `compile` makes steps faster after half a minute of preparation."""
@@ -83,7 +93,7 @@ class LoadedModel:
             self._engine = None  # before the next one: only one copy of the weights at a time
             built = build_engine(self.checkpoint, device=self.device, engine=engine,
                                  weights=weights, threads=threads, compile=compile,
-                                 say=say)  # fmt: skip
+                                 reporter=reporter)  # fmt: skip
             self._engine = wanted, built
         return self._engine[1].another()
 

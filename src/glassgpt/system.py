@@ -1,4 +1,4 @@
-"""Small favours of the operating system: files whole or absent, locks, signals, cores, memory.
+"""What the machine offers: files written whole, locks, signals, cores, memory, telling people.
 
     write_file(Path("runs/book/config.json"), b"{}")
 
@@ -15,10 +15,37 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Protocol
 
 from filelock import FileLock, Timeout
 
 from glassgpt.errors import UserError, explain_os_errors
+
+
+class Reporter(Protocol):
+    """Whom long work tells what it does, so that library code never prints.
+
+    A class that derives from it and overrides nothing is silent.
+    """
+
+    def say(self, text: str = "") -> None:
+        """A line that stays."""
+
+    def status(self, text: str) -> None:
+        """A line that the next one replaces."""
+
+    def advance(self, name: str, done: int, total: int | None) -> None:
+        """Of the work `name`, so many bytes are done; `total` is None where nobody knows it."""
+
+    def close(self) -> None:
+        """The status line is over."""
+
+
+class _Silent(Reporter):
+    """Says nothing."""
+
+
+SILENT: Reporter = _Silent()
 
 
 def write_file(path: Path, content: bytes) -> None:

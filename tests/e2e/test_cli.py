@@ -180,15 +180,15 @@ def test_real_out_of_memory_halves_the_micro_batch(tmp_path):
     text.write_text(SENTENCE * 400)
     code = f"""
 import resource, torch
-from glassgpt.training import train
-from glassgpt.runlog import Progress
-class Show(Progress):
+from glassgpt.training.run import train
+from glassgpt.system import Reporter
+class Show(Reporter):
     def say(self, text=""): print(text)
 size = next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("VmSize"))
 resource.setrlimit(resource.RLIMIT_AS, (size * 1024 + (900 << 20), resource.RLIM_INFINITY))
 r = train({str(text)!r}, out={str(tmp_path / "run")!r}, n_layer=1, n_head=2, n_embd=32,
       context_length=64, batch_tokens=1 << 19, max_steps=1, eval_batches=1, sample_tokens=0,
-      threads=1, device="cpu", progress=Show())
+      threads=1, device="cpu", reporter=Show())
 print("finished at", r.step)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
@@ -358,13 +358,12 @@ def test_read_only_folder(small_disk, tmp_path, book, capsys):
 
 def test_demo_without_a_network(tmp_path, monkeypatch):
     from glassgpt.cli.demo import demo
-    from glassgpt.reporting.run_log import Progress
+    from listener import Listener
 
-    said: list[str] = []
-    progress = Progress()
-    progress.say = lambda text="": said.append(text)  # type: ignore[method-assign]
+    reporter = Listener()
+    said = reporter.said
     monkeypatch.chdir(tmp_path)
-    demo(progress, max_steps=3, eval_batches=2, sample_tokens=20)
+    demo(reporter, max_steps=3, eval_batches=2, sample_tokens=20)
     told = "\n".join(said)
     assert "using the Python manual" in told
     assert "Before training it wrote" in told

@@ -23,8 +23,9 @@ from conftest import refuse
 from glassgpt.checkpoints.run_directory import load_model
 from glassgpt.cli.app import main
 from glassgpt.cli.demo import demo
-from glassgpt.reporting.run_log import Progress, read_metrics
+from glassgpt.reporting.run_log import read_metrics
 from glassgpt.training.run import train
+from listener import Listener
 
 SHAPE = ["--n-layer", "1", "--n-head", "2", "--n-embd", "32", "--context-length", "32"]
 SMALL = [*SHAPE, "--threads", "1", "--device", "cpu", "--sample-tokens", "20",
@@ -244,11 +245,10 @@ def test_what_a_plan_of_a_budget_refuses(book, tmp_path, capsys, monkeypatch):
 
 
 def test_the_demo_is_a_budget(tmp_path, monkeypatch):
-    said: list[str] = []
-    progress = Progress()
-    progress.say = lambda text="": said.append(text)  # type: ignore[method-assign]
+    reporter = Listener()
+    said = reporter.said
     monkeypatch.chdir(tmp_path)
-    result = demo(progress, budget="10s", n_layer=1, n_embd=64, log_interval=1)
+    result = demo(reporter, budget="10s", n_layer=1, n_embd=64, log_interval=1)
     told = "\n".join(said)
     assert "using the Python manual" in told
     assert re.search(r"^plan: 1 layers, 64 wide", told, flags=re.M)

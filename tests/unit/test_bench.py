@@ -88,7 +88,7 @@ def test_each_engine_is_measured_once(monkeypatch, checkpoint) -> None:
     """Two names may lead to the same engine; some can't be had."""
     asked = []
 
-    def build(given, *, device, engine, weights, threads, say):
+    def build(given, *, device, engine, weights, threads, reporter):
         asked.append((engine, weights, device, threads))
         if engine == "numba" or weights in ("int4", "bfloat16"):
             raise UserError(f"no {engine} {weights}")

@@ -19,8 +19,10 @@ from glassgpt.checkpoints.run_directory import Checkpoint
 from glassgpt.cli.chat_session import Said, Session, read_message, read_messages, talk
 from glassgpt.config import ModelConfig, Sampling
 from glassgpt.errors import UserError
+from glassgpt.system import SILENT
 from glassgpt.tokenizers.chat_template import CHATML, HEADINGS
 from glassgpt.tokenizers.tokenizer import CharTokenizer, add_tokens
+from listener import Listener
 
 LETTERS = "".join(chr(code) for code in range(32, 127) if chr(code) != "~") + "\n"
 TOKENIZER = add_tokens(CharTokenizer.from_characters(LETTERS), TOKENS)
@@ -73,10 +75,11 @@ class Told:
                  context_length: int = 500, **options: Any) -> None:  # fmt: skip
         config = tiny_config(vocab_size=TOKENIZER.vocab_size, context_length=context_length)
         checkpoint = Checkpoint(config, {}, TOKENIZER, chat_template=template)
-        self.notes: list[str] = []
+        reporter = Listener()
+        self.notes = reporter.said
         self.engine = Speaker(config, answers)
         self.session = Session(LoadedModel(checkpoint, "cpu"), self.engine, Sampling(**options),
-                               system=system, say=self.notes.append)  # fmt: skip
+                               system=system, reporter=reporter)  # fmt: skip
 
     def __call__(self, line: str) -> str:
         return "".join(self.session.reply(line))
@@ -172,7 +175,8 @@ def test_each_answer_has_a_seed_of_its_own_and_a_session_is_repeatable() -> None
                                    chat_template=CHATML), "cpu")  # fmt: skip
 
     def answers() -> list[str]:
-        session = Session(model, model.engine("numpy"), Sampling(max_new_tokens=20), say=[].append)
+        how = Sampling(max_new_tokens=20)
+        session = Session(model, model.engine("numpy"), how, reporter=SILENT)
         return ["".join(session.reply(line)) for line in ("Hi", "/retry", "/retry")]
 
     assert answers() == answers()

@@ -20,8 +20,8 @@ from glassgpt.config import ModelConfig, TrainConfig
 from glassgpt.errors import UserError
 from glassgpt.model import GPT
 from glassgpt.options import resolve_options, split_options
-from glassgpt.reporting.run_log import Progress
 from glassgpt.runtime import Machine, find_card
+from glassgpt.system import SILENT
 from glassgpt.training.fused.step import FusedStep, _Rooms, can_fuse, multiplies_bfloat16
 from glassgpt.training.optimizers import make_optimizers
 from glassgpt.training.planning import costs
@@ -148,7 +148,7 @@ def test_the_way_is_the_one_that_passes_take(threads, rows, options):
     torch.set_num_threads(threads)
     for model in [*both(), *both(dropout=0.1), *both(n_layer=0)]:
         train = TrainConfig(batch_tokens=rows * model.context_length, **options)
-        passes = Passes(GPT(model), train, HERE, rows=rows, progress=Progress())
+        passes = Passes(GPT(model), train, HERE, rows=rows, reporter=SILENT)
         passes.close()
         torch.set_num_threads(threads)
         how = way(model, train, device="cpu", threads=threads, kernels=can_fuse(both()[2]),

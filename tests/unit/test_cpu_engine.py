@@ -26,6 +26,7 @@ from glassgpt.inference.kernels import compiled
 from glassgpt.inference.kernels.compiled import kernel_folder
 from glassgpt.inference.kernels.quantize import quantize
 from glassgpt.tokenizers.tokenizer import CharTokenizer
+from listener import Listener
 
 CONTEXT = 150  # more than two blocks of _BLOCK tokens
 # n_embd and n_hidden on both sides of a span of 256 columns, and no multiple of anything.
@@ -241,7 +242,7 @@ def test_a_forked_process_has_threads_of_its_own() -> None:
 import os, sys
 from conftest import tiny_config
 import numpy as np
-from glassgpt.engine import cpu
+from glassgpt.inference.engines import cpu
 cpu._WORTH_A_THREAD = 1
 config = tiny_config("gpt2")
 weights = {name: np.ones(shape, np.float32) for name, shape in config.weight_shapes.items()}
@@ -382,12 +383,13 @@ def test_compiled_code_is_kept_and_announced_once(tmp_path: Path) -> None:
     script = """
 import sys
 from conftest import tiny_config
+from listener import Printer
 import numpy as np
-from glassgpt.engine.compiled import load_kernels
-from glassgpt.engine.cpu import NumbaEngine
+from glassgpt.inference.kernels.compiled import load_kernels
+from glassgpt.inference.engines.cpu import NumbaEngine
 config = tiny_config("gpt2")
 weights = {name: np.ones(shape, np.float32) for name, shape in config.weight_shapes.items()}
-engine = NumbaEngine(config, weights, say=print)
+engine = NumbaEngine(config, weights, reporter=Printer())
 for _ in range(2):
     engine.open(1); engine.read([0], [np.array([1])])
 forward = load_kernels("glassgpt.inference.kernels.forward").forward
@@ -417,18 +419,19 @@ def test_every_shape_of_model_has_the_same_compiled_code(tmp_path: Path) -> None
         loaded = load_model(tmp_path / name)
         for precision in ("float32", "int8", "int4"):
             NumbaEngine(loaded.config, loaded.weights, precision)
-    assert len(list(folder.rglob("kernels.forward*.nbc"))) == 3
+    assert len(list(folder.rglob("forward.forward*.nbc"))) == 3
 
 
 def test_a_disk_too_full_for_compiled_code(small_disk: Path) -> None:
     """It decodes all the same, and says why the next process will compile again."""
     script = """
 from conftest import tiny_config
+from listener import Printer
 import numpy as np
-from glassgpt.engine.cpu import NumbaEngine
+from glassgpt.inference.engines.cpu import NumbaEngine
 config = tiny_config("gpt2")
 weights = {name: np.ones(shape, np.float32) for name, shape in config.weight_shapes.items()}
-engine = NumbaEngine(config, weights, say=print)
+engine = NumbaEngine(config, weights, reporter=Printer())
 engine.open(1)
 print(engine.read([0], [np.array([1])]).shape)
 """
@@ -480,12 +483,12 @@ def test_the_faster_engine_is_measured_once(
     from glassgpt.inference.engines import choose
 
     monkeypatch.setattr(choose, "kernel_folder", lambda: tmp_path)
-    rates, said = [{"numba": 3.0, "numpy": 4.0}, {"numba": 5.0, "numpy": 4.0}], []
+    rates, reporter = [{"numba": 3.0, "numpy": 4.0}, {"numba": 5.0, "numpy": 4.0}], Listener()
     monkeypatch.setattr(choose, "measure", lambda *_: rates.pop(0))
     config = tiny_config("gpt2")
     for _ in range(3):
-        assert choose.faster_engine(config, said.append) == "numpy"
-    assert len(said) == 1
+        assert choose.faster_engine(config, reporter) == "numpy"
+    assert len(reporter.said) == 1
     longer = replace(config, context_length=99)  # of the same shape
     assert choose.faster_engine(longer) == "numpy"
     [record] = tmp_path.iterdir()

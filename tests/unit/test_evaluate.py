@@ -24,8 +24,8 @@ from glassgpt.evaluation.text_loss import (
     windows,
 )
 from glassgpt.inference.engines.reference import ReferenceEngine
-from glassgpt.reporting.run_log import Progress
 from glassgpt.tokenizers.tokenizer import CharTokenizer, byte_tokenizer
+from listener import Listener
 
 LETTERS = string.ascii_lowercase + string.digits  # 36, and <unk>
 TOKENIZER = CharTokenizer.from_characters(LETTERS)
@@ -123,12 +123,10 @@ def test_token_losses_of_extreme_logits() -> None:
     np.testing.assert_allclose(found, [1e4, math.log(3), 0])
 
 
-def test_progress_names_engine_and_place() -> None:
-    said: list[str] = []
-    progress = Progress()
-    progress.status = said.append  # type: ignore[method-assign]
-    text_loss(engine(), TOKENIZER, random_text(1000), progress=progress)
-    assert said[-1].startswith("torch float32: 999 of 999 tokens, loss ")
+def test_the_status_line_names_engine_and_place() -> None:
+    reporter = Listener()
+    text_loss(engine(), TOKENIZER, random_text(1000), reporter=reporter)
+    assert reporter.shown[-1].startswith("torch float32: 999 of 999 tokens, loss ")
 
 
 @pytest.mark.parametrize("text", ["", "a"])

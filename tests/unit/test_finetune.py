@@ -19,9 +19,10 @@ from glassgpt.checkpoints.load import load_pretrained
 from glassgpt.config import ModelConfig
 from glassgpt.errors import UserError
 from glassgpt.finetuning.run import finetune
-from glassgpt.reporting.run_log import Progress, read_metrics
+from glassgpt.reporting.run_log import read_metrics
 from glassgpt.tokenizers.tokenizer import CharTokenizer, byte_tokenizer, train_bpe
 from glassgpt.training.run import train
+from listener import Listener
 
 LETTERS = "\n !#:?.abcdefghijklmnopqrstuvwxyzSUAysertiant"
 FAST = dict(max_steps=6, eval_interval=2, log_interval=1, batch_tokens=80, sample_tokens=6,
@@ -74,14 +75,6 @@ def files(tmp_path_factory) -> dict[str, Path]:
             for a in ANIMALS for word in ("a", "runs")]  # fmt: skip
     found["labels.csv"].write_text("text,label\n" + "".join(rows))
     return {path.name.split(".")[0]: path for path in found.values()}
-
-
-class Listener(Progress):
-    def __init__(self) -> None:
-        self.said: list[str] = []
-
-    def say(self, text: str = "") -> None:
-        self.said.append(text)
 
 
 def losses(run: Path) -> list[tuple]:
@@ -176,7 +169,7 @@ def test_what_is_kept_is_watched_and_replayed(bases, files, tmp_path) -> None:
     known.write_text("wow moo oink hush boom " * 60)
     for what in ("text", "chats"):
         run = finetune(bases(), files[what], out=tmp_path / what, keep=str(known), replay=0.5,
-                       progress=listener, **{**FAST, "max_steps": 60}).run  # fmt: skip
+                       reporter=listener, **{**FAST, "max_steps": 60}).run  # fmt: skip
         kept = [
             row["keep_loss"] for row in read_metrics(run / "metrics.jsonl") if "keep_loss" in row
         ]
@@ -225,7 +218,7 @@ def test_the_data_report(bases, tmp_path) -> None:
                               {"role": "assistant", "content": "no"}]})  # fmt: skip
     rows.append({"messages": [{"role": "user", "content": "nothing said"}]})
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    finetune(bases(kind="byte"), data, val=str(data), out=tmp_path / "run", progress=listener,
+    finetune(bases(kind="byte"), data, val=str(data), out=tmp_path / "run", reporter=listener,
              **{**FAST, "context_length": 40})  # fmt: skip
     said = "\n".join(listener.said)
     for part in ("messages, 9 conversations", "of 40 that fit", "1 longer than that",
@@ -294,7 +287,7 @@ def test_what_is_read_otherwise_than_it_was_written_is_said(bases, tmp_path) -> 
     """Unknown characters; texts that are cut; what no adapter can hold."""
     listener = Listener()
     chats = write(tmp_path / "a.jsonl", *[{"prompt": f"{a}?", "completion": "Ω"} for a in ANIMALS])
-    finetune(bases(), chats, out=tmp_path / "a", lora_rank=2, progress=listener, **FAST)
+    finetune(bases(), chats, out=tmp_path / "a", lora_rank=2, reporter=listener, **FAST)
     said = "\n".join(listener.said)
     assert "read as '<unk>': 'Ω'" in said
     assert "only the merged model is kept" in said
@@ -302,10 +295,10 @@ def test_what_is_read_otherwise_than_it_was_written_is_said(bases, tmp_path) -> 
     texts = ["a" * n for n in (5, 40, 41, 90)]
     rows = [{"text": text, "label": label} for text in texts for label in ("x", "y")]
     labels = write(tmp_path / "b.jsonl", *rows)
-    finetune(bases(), labels, val=str(labels), out=tmp_path / "b", progress=listener, **FAST)
+    finetune(bases(), labels, val=str(labels), out=tmp_path / "b", reporter=listener, **FAST)
     said = "\n".join(listener.said)
     assert "of 40 that fit; 4 longer than that are cut (and 4 to judge by)" in said
-    finetune(bases(), chats, out=tmp_path / "c", freeze="embeddings", progress=listener, **FAST)
+    finetune(bases(), chats, out=tmp_path / "c", freeze="embeddings", reporter=listener, **FAST)
     assert "1 new tokens stay what they are" in "\n".join(listener.said)
 
 

@@ -14,7 +14,7 @@ from glassgpt import runtime
 from glassgpt.config import TrainConfig
 from glassgpt.data.batches import IGNORE
 from glassgpt.model import GPT, CausalSelfAttention, attention_by_hand
-from glassgpt.reporting.run_log import Progress
+from glassgpt.system import SILENT
 from glassgpt.training.fused.step import FusedStep
 from glassgpt.training.loss import NextTokenLoss
 from glassgpt.training.step import Passes
@@ -107,7 +107,7 @@ def test_without_positions_texts_would_see_each_other(shape: str) -> None:
 def test_passes_over_packed_rows(threads: int, at_once: int) -> None:
     model = tiny_model(SHAPES["fusible"]).train()
     config = TrainConfig(dtype="float32", device="cpu", threads=threads, micro_batch_size=at_once)
-    passes = Passes(model, config, runtime.start(config), rows=3, progress=Progress(), packed=True)
+    passes = Passes(model, config, runtime.start(config), rows=3, reporter=SILENT, packed=True)
     assert not isinstance(passes.steps[0], FusedStep)
     expected, n = alone(model), sum((array != IGNORE).sum() for array in [packed()[1]])
     loss = passes.gradients(*packed()).item()
@@ -151,10 +151,10 @@ def test_the_fused_step_takes_whole_models_alone(change: str) -> None:
     config = TrainConfig(dtype="float32", device="cpu", threads=1)
     machine = runtime.start(config)
     model = tiny_model(SHAPES["fusible"])
-    kinds = [Passes(model, config, machine, rows=3, progress=Progress()).steps[0]]
+    kinds = [Passes(model, config, machine, rows=3, reporter=SILENT).steps[0]]
     if change == "frozen":
         model.final_norm.requires_grad_(False)
     else:
         model.head = torch.nn.Linear(model.config.n_embd, 3, bias=False)
-    kinds.append(Passes(model, config, machine, rows=3, progress=Progress()).steps[0])
+    kinds.append(Passes(model, config, machine, rows=3, reporter=SILENT).steps[0])
     assert [isinstance(step, FusedStep) for step in kinds] == [True, False]

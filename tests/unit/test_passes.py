@@ -19,12 +19,12 @@ from glassgpt.data.batches import IGNORE
 from glassgpt.errors import UserError
 from glassgpt.inference.kernels.compiled import load_kernels
 from glassgpt.model import GPT
-from glassgpt.reporting.run_log import Progress
 from glassgpt.training import step as room
 from glassgpt.training.fused.step import FusedStep
 from glassgpt.training.planning.costs import useful_workers
 from glassgpt.training.step import AutogradStep, Passes
 from glassgpt.training.workers import Workers, share_weights
+from listener import Listener
 
 ROWS, T = 6, 11
 Gradients = dict[str, torch.Tensor]
@@ -46,11 +46,11 @@ def make_passes(way: str, *, threads: int = 1, said: list[str] | None = None,
                 dropout: float = 0.0, **options: Any) -> Passes:  # fmt: skip
     """In float32, for ROWS rows; every call makes the same weights."""
     options = {"dtype": "float32", "device": "cpu", "threads": threads, **options}
-    config, progress = TrainConfig(**options), Progress()
+    config, reporter = TrainConfig(**options), Listener()
     if said is not None:
-        progress.say = lambda text="": said.append(text)  # type: ignore[method-assign]
+        reporter.said = said
     model = tiny_model(WAYS[way](dropout=dropout)).train()
-    made = Passes(model, config, runtime.start(config), rows=ROWS, progress=progress)
+    made = Passes(model, config, runtime.start(config), rows=ROWS, reporter=reporter)
     assert isinstance(made.steps[0], FusedStep) is (way == "fused" and config.compile != "on")
     return made
 
@@ -280,19 +280,18 @@ def test_getting_ready_leaves_no_gradients(way):
 
 
 def test_without_numba_autograd_does_it_and_says_nothing(monkeypatch):
-    expected, said = gradients(make_passes("fused")), []
+    expected = gradients(make_passes("fused"))
     monkeypatch.setitem(sys.modules, "numba", None)
     load_kernels.cache_clear()
     config = TrainConfig(dtype="float32", device="cpu", threads=2)
-    progress = Progress()
-    progress.say = lambda text="": said.append(text)  # type: ignore[method-assign]
+    reporter = Listener()
     passes = Passes(tiny_model(fusible()).train(), config, runtime.start(config), rows=ROWS,
-                    progress=progress)  # fmt: skip
+                    reporter=reporter)  # fmt: skip
     passes.compile(*rows())
     assert [type(step) for step in passes.steps] == [AutogradStep] * 2
     assert passes.precision == "float32"
     assert_same(gradients(passes), expected)
-    assert not said
+    assert not reporter.said
     passes.close()
 
 

@@ -25,23 +25,16 @@ from glassgpt.checkpoints.run_directory import (
 from glassgpt.config import TrainConfig
 from glassgpt.errors import UserError
 from glassgpt.finetuning.run import finetune
-from glassgpt.reporting.run_log import Progress, read_metrics
+from glassgpt.reporting.run_log import read_metrics
 from glassgpt.tokenizers.tokenizer import CharTokenizer
 from glassgpt.training.run import train
 from glassgpt.training.schedule import Clock
+from listener import Listener
 
 TINY = dict(n_layer=1, n_head=2, n_embd=12, context_length=11, batch_tokens=66, max_steps=13,
             eval_interval=5, log_interval=1, sample_tokens=5, warmup_steps=2, learning_rate=1e-2,
             threads=1, device="cpu")  # fmt: skip
 STEPS = [0, 1, 2, 3, 4, 6, 8, 11, 13]  # of which the last is the end
-
-
-class Listener(Progress):
-    def __init__(self) -> None:
-        self.said: list[str] = []
-
-    def say(self, text: str = "") -> None:
-        self.said.append(text)
 
 
 @pytest.fixture(scope="module")
@@ -235,7 +228,7 @@ def test_a_full_disk_costs_snapshots_and_nothing_else(text, small_disk, tmp_path
     run = train(text, out=tmp_path / "run", **{**options, "max_steps": 1, "decay_steps": 13}).run
     (run / "snapshots").symlink_to(small_disk)
     listener = Listener()
-    train(resume=run, max_steps=13, snapshots=True, progress=listener)
+    train(resume=run, max_steps=13, snapshots=True, reporter=listener)
     there, said = list(snapshots(run)), [line for line in listener.said if "snapshot" in line]
     assert there == STEPS[1 : 1 + len(there)]
     assert len(there) in range(1, len(STEPS) - 1)

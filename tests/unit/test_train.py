@@ -24,9 +24,11 @@ from glassgpt.data.prepare import prepare
 from glassgpt.errors import UserError
 from glassgpt.inference.kernels.compiled import load_kernels
 from glassgpt.model import GPT
-from glassgpt.reporting.run_log import Progress, read_metrics
+from glassgpt.reporting.run_log import read_metrics
+from glassgpt.system import SILENT, Reporter
 from glassgpt.training.loop import Trainer
 from glassgpt.training.run import new_folder, train
+from listener import Listener
 
 TINY = dict(n_layer=2, n_head=2, n_embd=12, context_length=11, batch_tokens=66, max_steps=12,
             eval_interval=4, log_interval=1, sample_tokens=5, warmup_steps=2,
@@ -67,7 +69,7 @@ def make_trainer(text: str, run: Path, **options) -> Trainer:
     train_config = TrainConfig(**{"batch_tokens": 66, "device": "cpu", **options})
     torch.manual_seed(train_config.seed)
     return Trainer(run / "run", GPT(config), train_config, data, runtime.start(train_config),
-                   Progress(), {})  # fmt: skip
+                   SILENT, {})  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "dropout"), [(name, 0.0) for name in WAYS]
@@ -90,14 +92,14 @@ def test_a_signal_stops_after_the_step_and_resumes_bit_for_bit(text, tmp_path, n
     options = {**TINY, **WAYS[name], "max_steps": 120}
     full = train(text, out=str(tmp_path / "full"), **options)
 
-    class StopAt(Progress):
+    class StopAt(Reporter):
         def status(self, text: str) -> None:
             if text.startswith("step 57/"):
                 os.kill(os.getpid(), signal.SIGTERM)
 
     assert threading.current_thread() is threading.main_thread()
     run = tmp_path / "stopped"
-    stopped = train(text, out=str(run), progress=StopAt(), **options)
+    stopped = train(text, out=str(run), reporter=StopAt(), **options)
     assert not stopped.finished
     assert stopped.step == 57
     train(resume=str(run))
@@ -140,14 +142,13 @@ def test_muon_learns_more_in_the_same_steps(tmp_path):
 
 
 def test_training_does_the_same_where_nothing_can_be_fused(text, tmp_path, monkeypatch):
-    said: list[str] = []
-    progress = Progress()
-    progress.say = lambda text="": said.append(text)  # type: ignore[method-assign]
+    reporter = Listener()
+    said = reporter.said
     options = {**TINY, "dtype": "float32"}
     fused = train(text, out=tmp_path / "fused", **options)
     monkeypatch.setitem(sys.modules, "numba", None)
     load_kernels.cache_clear()
-    result = train(text, out=tmp_path / "run", progress=progress, **options)
+    result = train(text, out=tmp_path / "run", reporter=reporter, **options)
     assert result.finished
     assert not re.search("numba|fused|warning|compil", "\n".join(said))
     both = [[loss for _, loss in losses(each.run)] for each in (fused, result)]
@@ -171,11 +172,10 @@ def test_evaluation_is_the_mean_over_every_token_of_the_split(text, tmp_path):
 def test_patience_stops_early(text, tmp_path):
     options = {**TINY, "learning_rate": 1e-9, "muon_learning_rate": 1e-9, "max_steps": 400,
                "patience": 2, "weight_decay": 0.0, "grad_clip": None}  # fmt: skip
-    messages: list[str] = []
-    progress = Progress()
-    progress.say = lambda text="": messages.append(text)  # type: ignore[method-assign]
+    reporter = Listener()
+    messages = reporter.said
     # A learning rate of nothing: the loss can't improve by more than rounding.
-    result = train(text, out=str(tmp_path / "run"), progress=progress, **options)
+    result = train(text, out=str(tmp_path / "run"), reporter=reporter, **options)
     assert result.finished
     if result.step < 400:
         assert any("stopped early" in message for message in messages)
@@ -266,7 +266,7 @@ def test_a_run_stopped_before_its_first_model_can_be_overwritten(text, tmp_path)
 
 
 def test_a_run_belongs_to_one_process(text, tmp_path):
-    class Intrude(Progress):
+    class Intrude(Reporter):
         """Tries to resume and to overwrite the run while it is under way."""
 
         refusals: list[str] = []
@@ -278,7 +278,7 @@ def test_a_run_belongs_to_one_process(text, tmp_path):
                 self.refusals.append(str(refused.value))
 
     run = tmp_path / "run"
-    result = train(text, out=run, progress=Intrude(), **TINY)
+    result = train(text, out=run, reporter=Intrude(), **TINY)
     assert result.step == 12
     assert len(Intrude.refusals) >= 2
     assert not (run / ".lock").exists()
@@ -293,13 +293,13 @@ def test_names_of_runs(text, tmp_path, monkeypatch):
 def test_stopped_in_the_last_evaluation(text, tmp_path):
     """The last step is done, its evaluation is not: resuming has to make up for it."""
 
-    class StopAtTheEnd(Progress):
+    class StopAtTheEnd(Reporter):
         def status(self, text: str) -> None:
             if text.startswith("step 12/"):
                 os.kill(os.getpid(), signal.SIGINT)
 
     full = train(text, out=tmp_path / "full", **TINY)
-    stopped = train(text, out=tmp_path / "run", progress=StopAtTheEnd(), **TINY)
+    stopped = train(text, out=tmp_path / "run", reporter=StopAtTheEnd(), **TINY)
     assert stopped.signal == signal.SIGINT
     assert losses(stopped.run, "val_loss")[-1][0] == 8
     resumed = train(resume=stopped.run)
@@ -312,7 +312,7 @@ def test_stopped_in_the_last_evaluation(text, tmp_path):
 def test_a_second_ctrl_c_says_how_to_go_on(text, tmp_path):
     said: list[str] = []
 
-    class StopTwice(Progress):
+    class StopTwice(Reporter):
         def say(self, text: str = "") -> None:
             said.append(text)
 
@@ -322,7 +322,7 @@ def test_a_second_ctrl_c_says_how_to_go_on(text, tmp_path):
                 os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
-        train(text, out=tmp_path / "my run", progress=StopTwice(), **TINY)
+        train(text, out=tmp_path / "my run", reporter=StopTwice(), **TINY)
     assert f"--resume '{tmp_path / 'my run'}'" in said[-1]
     assert train(resume=tmp_path / "my run").step == 12
 
@@ -397,13 +397,13 @@ def test_another_optimizer_can_not_go_on(text, tmp_path, before, now):
 def test_the_micro_batch_may_change_when_resuming(text, tmp_path):
     sizes = []
 
-    class Watch(Progress):
+    class Watch(Reporter):
         def say(self, text: str = "") -> None:
             sizes.extend(re.findall(r"(\d+) micro-batches a step", text))
 
     run = train(text, out=tmp_path / "run", **TINY).run  # 6 sequences at once
-    train(resume=run, max_steps=14, micro_batch_size=1, progress=Watch())
-    train(resume=run, max_steps=16, micro_batch_size=6, batch_tokens=132, progress=Watch())
+    train(resume=run, max_steps=14, micro_batch_size=1, reporter=Watch())
+    train(resume=run, max_steps=16, micro_batch_size=6, batch_tokens=132, reporter=Watch())
     assert sizes == ["6", "2"]
     state = json.loads((run / "checkpoints/last/state.json").read_text())
     assert state["fits_in_memory"] is None

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+from functools import partial
 from pathlib import Path
 
 from glassgpt.checkpoints import hub
@@ -24,8 +25,7 @@ from glassgpt.checkpoints.run_directory import (
 )
 from glassgpt.data.download import download
 from glassgpt.errors import UserError, explain_os_errors
-from glassgpt.reporting.run_log import ByteProgress, Progress
-from glassgpt.system import cache_dir, write_file
+from glassgpt.system import SILENT, Reporter, cache_dir, write_file
 from glassgpt.tokenizers.tokenizer import Tokenizer, fingerprint
 from glassgpt.tokenizers.vocabulary import GPT2_FILES, build_tokenizer
 
@@ -33,7 +33,7 @@ _OPENAI = "openai:"
 
 
 @explain_os_errors("go on")
-def load_pretrained(name: str | Path, progress: Progress | None = None) -> Checkpoint:
+def load_pretrained(name: str | Path, reporter: Reporter = SILENT) -> Checkpoint:
     """Config, weights (read when they are asked for) and tokenizer of `name`.
 
     A folder or file here; openai:124M, :355M, :774M or :1558M; gpt2, distilgpt2 and the like; or
@@ -44,10 +44,10 @@ def load_pretrained(name: str | Path, progress: Progress | None = None) -> Check
         raise UserError(f"{name!r} is no name or path of a model")
     text = os.fspath(name)
     if text.startswith(_OPENAI):
-        return _openai(_fetch_openai(text.removeprefix(_OPENAI), progress or Progress()))
+        return _openai(_fetch_openai(text.removeprefix(_OPENAI), reporter))
     path = _find(text)
     if is_adapter(path):
-        return _adapted(path, progress)
+        return _adapted(path, reporter)
     if path.is_file() or (path / "ckpt.pt").exists():
         return _nanogpt(path)
     if is_openai(path):
@@ -72,14 +72,14 @@ def _find(name: str) -> Path:
     return hub.fetch(name) if not path.exists() and hub.is_hub_name(name) else path
 
 
-def _adapted(folder: Path, progress: Progress | None) -> Checkpoint:
+def _adapted(folder: Path, reporter: Reporter) -> Checkpoint:
     """The model that an adapter was made for, with the adapter in its weights."""
     name = base_of(folder)
     try:
         base = _find(name)
         if is_adapter(base):
             raise UserError(f"{name} is an adapter itself; merge it into its own base first")
-        checkpoint = load_pretrained(base, progress)
+        checkpoint = load_pretrained(base, reporter)
     except UserError as error:
         raise UserError(f"{folder} is an adapter of {name!r}: {error}") from error
     return with_adapter(checkpoint, folder)
@@ -90,15 +90,15 @@ def _openai(folder: Path) -> Checkpoint:
     return Checkpoint(config, weights, tokenizer, {"source": f"OpenAI's release in {folder}"})
 
 
-def _fetch_openai(model: str, progress: Progress) -> Path:
+def _fetch_openai(model: str, reporter: Reporter) -> Path:
     """The release folder, downloaded once. Its tensors carry checksums, verified on reading."""
-    folder, tell = cache_dir() / "openai" / model, ByteProgress(progress)
+    folder = cache_dir() / "openai" / model
     try:
         for file, url in files_of(model).items():
             download(url, folder / file, sha256=GPT2_FILES.get(file),
-                     progress=lambda done, total, file=file: tell(file, done, total))  # fmt: skip
+                     progress=partial(reporter.advance, file))  # fmt: skip
     finally:
-        progress.close()
+        reporter.close()
     return folder
 
 

@@ -1,6 +1,6 @@
 """A chat in the terminal: what was said, the commands, and the loop that reads and shows.
 
-    talk(Session(model, model.engine(), Sampling(temperature=0.7), say=print))
+    talk(Session(model, model.engine(), Sampling(temperature=0.7), reporter=Terminal()))
 
 `Session` knows no terminal; how a conversation becomes ids is chat.py's business.
 """
@@ -22,7 +22,7 @@ from glassgpt.errors import UserError, explain_os_errors, nearest
 from glassgpt.finetuning.conversations import exchanges
 from glassgpt.inference.engines import Engine
 from glassgpt.inference.generate import stream
-from glassgpt.system import write_file
+from glassgpt.system import Reporter, write_file
 from glassgpt.tokenizers.chat_template import Chat, Said
 from glassgpt.tokenizers.tokenizer import unknown_note
 
@@ -40,10 +40,10 @@ class Session:
         how: Sampling,
         *,
         system: str | None = None,
-        say: Callable[[str], None],
+        reporter: Reporter,
     ) -> None:
-        """`say` takes what the session itself has to tell, a line or several."""
-        self.model, self.engine, self.how, self.say = model, engine, how, say
+        """`reporter` is told what the session itself has to tell, a line or several."""
+        self.model, self.engine, self.how, self.reporter = model, engine, how, reporter
         template = model.checkpoint.chat_template
         self.chat = None if template is None else Chat(template, model.tokenizer)
         ends = self.chat.ends if self.chat else ()
@@ -85,7 +85,7 @@ class Session:
 
     def _answer(self, message: str) -> Iterator[str]:
         if note := unknown_note(self.model.tokenizer, message):
-            self.say(f"note: {note}")
+            self.reporter.say(f"note: {note}")
         said, reason = "", None
         self.turns.append(Said("user", message))
         try:
@@ -101,8 +101,9 @@ class Session:
             else:
                 self.turns.pop()
         if self.chat and reason == "length":
-            self.say(f"[stopped after {how.max_new_tokens} tokens; for more: /set max_new_tokens "
-                     f"{2 * how.max_new_tokens}]")  # fmt: skip
+            self.reporter.say(
+                f"[stopped after {how.max_new_tokens} tokens; for more: /set max_new_tokens "
+                f"{2 * how.max_new_tokens}]")  # fmt: skip
 
     def _prompt(self) -> list[int]:
         """What the model sees: the newest exchanges that leave room for an answer, behind the
@@ -121,11 +122,14 @@ class Session:
             if len(ids) <= room:
                 break
         if self._forgotten and not known:
-            self.say(f"[the context of {context} tokens is full: from now on the model no longer "
-                     "sees the oldest messages]")  # fmt: skip
+            self.reporter.say(
+                f"[the context of {context} tokens is full: from now on the model no longer "
+                "sees the oldest messages]"
+            )
         if len(ids) > context:
-            self.say(f"[this message is longer than the context of {context} tokens: the model "
-                     "sees its end only]")  # fmt: skip
+            self.reporter.say(
+                f"[this message is longer than the context of {context} tokens: the model "
+                "sees its end only]")  # fmt: skip
         return ids
 
     def _remembered(self) -> list[Said]:
@@ -141,17 +145,18 @@ class Session:
     def do_help(self, rest: str) -> None:
         """/help                  this list"""
         lines = [(command.__doc__ or "").strip() for command in COMMANDS.values()]
-        self.say("\n".join([*lines, 'A line that ends with \\ goes on; """ begins and ends several '
-                            "lines; Ctrl-C stops an answer."]))  # fmt: skip
+        self.reporter.say(
+            "\n".join([*lines, 'A line that ends with \\ goes on; """ begins and ends several '
+            "lines; Ctrl-C stops an answer."]))  # fmt: skip
 
     def do_reset(self, rest: str) -> None:
         """/reset                 forget what was said, but for the system's words"""
         self._forgotten, self.turns = 0, [turn for turn in self.turns if turn.role == "system"]
-        self.say("[nothing was said]")
+        self.reporter.say("[nothing was said]")
 
     def do_undo(self, rest: str) -> None:
         """/undo                  take the last message and its answer back"""
-        self.say(f"[taken back: {self._take_back()}]")
+        self.reporter.say(f"[taken back: {self._take_back()}]")
 
     def do_retry(self, rest: str) -> Iterator[str]:
         """/retry                 another answer to the last message"""
@@ -171,7 +176,9 @@ class Session:
                   if name != "num_samples"}  # fmt: skip
         name, _, text = rest.partition(" ")
         if not name:
-            self.say("\n".join(f"{name:20} {json.dumps(value)}" for name, value in values.items()))
+            self.reporter.say(
+                "\n".join(f"{name:20} {json.dumps(value)}" for name, value in values.items())
+            )
             return
         if name not in values:
             raise UserError(f"no option {name!r}.{nearest(name, values)} /set shows all")
@@ -180,7 +187,7 @@ class Session:
         except (ValueError, RecursionError):
             value = text.strip()  # words need no quotes
         self.how = dataclasses.replace(self.how, **{name: value})
-        self.say(f"[{name} is {json.dumps(getattr(self.how, name))}]")
+        self.reporter.say(f"[{name} is {json.dumps(getattr(self.how, name))}]")
 
     def do_save(self, rest: str) -> None:
         """/save FILE             keep the conversation (OpenAI's messages, as `finetune` reads)"""
@@ -190,12 +197,12 @@ class Session:
         messages = [turn._asdict() for turn in self.turns]
         text = json.dumps({"messages": messages}, ensure_ascii=False) + "\n"
         write_file(path, text.encode("utf-8", "replace"))
-        self.say(f"[{len(messages)} messages in {path}]")
+        self.reporter.say(f"[{len(messages)} messages in {path}]")
 
     def do_load(self, rest: str) -> None:
         """/load FILE             go on with one that was kept"""
         self._forgotten, self.turns = 0, read_messages(_path(rest))
-        self.say(f"[{len(self.turns)} messages]")
+        self.reporter.say(f"[{len(self.turns)} messages]")
 
     def do_quit(self, rest: str) -> None:
         """/quit                  leave; so do Ctrl-C and Ctrl-D"""
@@ -275,9 +282,9 @@ def _show(session: Session, message: str, terminal: bool) -> None:
                 print(text, end="", flush=True)
                 said = True
     except UserError as error:
-        session.say(" ".join(str(error).split()))
+        session.reporter.say(" ".join(str(error).split()))
     except KeyboardInterrupt:
-        session.say(" [stopped]")
+        session.reporter.say(" [stopped]")
     if said:
         print("\n" if terminal else "", flush=True)
 

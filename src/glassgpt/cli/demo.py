@@ -7,27 +7,28 @@ from typing import Any
 
 from glassgpt.data import corpora
 from glassgpt.errors import UserError
-from glassgpt.reporting.run_log import Progress, program
+from glassgpt.reporting.terminal import program
+from glassgpt.system import Reporter
 from glassgpt.training.loop import TrainResult
 from glassgpt.training.run import new_folder, train
 
 
 def demo(
-    progress: Progress, out: str | None = None, *, budget: str = "60s", **options: Any
+    reporter: Reporter, out: str | None = None, *, budget: str = "60s", **options: Any
 ) -> TrainResult:
     """Train for a minute on Shakespeare, or on the Python manual without a network.
 
     `options` as in `glassgpt.train`.
     """
-    progress.say("GlassGPT demo: a small GPT learns to write, character by character.")
-    text = _text_at_hand(progress)
+    reporter.say("GlassGPT demo: a small GPT learns to write, character by character.")
+    text = _text_at_hand(reporter)
     run = Path(out) if out else new_folder("demo")
     options = {"sample_tokens": 300, "budget": budget} | options
-    result = train(text, out=str(run), progress=progress, **options)
+    result = train(text, out=str(run), reporter=reporter, **options)
     if not result.finished:
         return result
     before, after = result.samples[0], result.samples[-1]
-    progress.say(
+    reporter.say(
         f"\nBefore training it wrote:\n\n{_indent(before, 3)}\n\n"
         f"After {result.seconds:.0f} seconds it writes:\n\n{_indent(after, 12)}\n\n"
         f"Validation loss fell from {result.first_val_loss:.2f} to {result.best_val_loss:.2f} nats "
@@ -42,14 +43,14 @@ def demo(
     return result
 
 
-def _text_at_hand(progress: Progress) -> str:
+def _text_at_hand(reporter: Reporter) -> str:
     """Shakespeare if it is cached or comes quickly, else the manual that Python carries."""
     try:
-        progress.status("fetching Shakespeare (1 MB)")
+        reporter.status("fetching Shakespeare (1 MB)")
         corpora.fetch("shakespeare", timeout=5.0)
         return "shakespeare"
     except UserError:
-        progress.say("Shakespeare can't be fetched now; using the Python manual on this machine.")
+        reporter.say("Shakespeare can't be fetched now; using the Python manual on this machine.")
         return "python-manual"
 
 

@@ -27,7 +27,8 @@ from glassgpt.errors import UserError, explain_os_errors, first_of
 from glassgpt.interpret import figures as plot_inside
 from glassgpt.reporting.canvas import COLOURS, check_target, font_note, shortened
 from glassgpt.reporting.loss_curves import Curve, X, loss_curves
-from glassgpt.reporting.run_log import aligned, format_seconds, read_metrics
+from glassgpt.reporting.run_log import read_metrics
+from glassgpt.reporting.terminal import aligned, format_seconds
 from glassgpt.tokenizers.tokenizer import Tokenizer, unknown_note
 
 MAX_TOKENS = 128  # of a text whose attention is drawn: more can't be told apart

@@ -19,7 +19,7 @@ from glassgpt.config import (
 )
 
 if TYPE_CHECKING:
-    from glassgpt.reporting.run_log import Progress
+    from glassgpt.system import Reporter
 
 Engine = Annotated[EngineName, Parameter(help="What computes: numba (compiled), numpy, torch "
                                          "(model.py as it is), gpu [the fastest].")]  # fmt: skip
@@ -79,6 +79,7 @@ def sample(
     import glassgpt
     from glassgpt.api import print_labels, print_samples
     from glassgpt.errors import UserError
+    from glassgpt.reporting.terminal import Terminal
 
     model, how = glassgpt.load(run, device=device), Sampling(**options)
     if text is not None:
@@ -87,7 +88,7 @@ def sample(
         print_labels(model, read_prompt(text).rstrip("\r\n"))  # the last token decides
         return
     opening = read_prompt(prompt)
-    chosen = model.engine(engine, weights, threads, say=_note)
+    chosen = model.engine(engine, weights, threads, reporter=Terminal())
     print_samples(model, chosen, opening, how, show_prompt=not completion_only)
 
 
@@ -125,17 +126,15 @@ def chat(
     """
     import glassgpt
     from glassgpt.cli.chat_session import Session, talk
+    from glassgpt.reporting.terminal import Terminal
 
     model = glassgpt.load(run, device=device)
     how = Sampling(**({"temperature": CHAT_TEMPERATURE} | dict(options)))
-    chosen = model.engine(engine, weights, threads, say=_note)
-    session = Session(model, chosen, how, system=system, say=_note)
-    _note(session.greeting(run))
+    terminal = Terminal()
+    chosen = model.engine(engine, weights, threads, reporter=terminal)
+    session = Session(model, chosen, how, system=system, reporter=terminal)
+    terminal.say(session.greeting(run))
     talk(session)
-
-
-def _note(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def eval(
@@ -177,7 +176,7 @@ def eval(
     from glassgpt.checkpoints.load import load_pretrained
     from glassgpt.checkpoints.run_directory import require_language_model
     from glassgpt.evaluation.text_loss import compare_weights, read_text, table
-    from glassgpt.reporting.run_log import Terminal
+    from glassgpt.reporting.terminal import Terminal
     from glassgpt.tokenizers.tokenizer import unknown_note
 
     content, terminal = read_text(text), Terminal()
@@ -190,7 +189,7 @@ def eval(
     try:
         found = compare_weights(checkpoint, content, chosen, engine=engine, device=device,
                                 threads=threads, max_tokens=max_tokens,
-                                progress=terminal)  # fmt: skip
+                                reporter=terminal)  # fmt: skip
     finally:
         terminal.close()
     print(table(found))
@@ -293,7 +292,7 @@ def bench(
     seconds:
         train: how long to measure.
     """
-    from glassgpt.reporting.run_log import Terminal
+    from glassgpt.reporting.terminal import Terminal
 
     decode = dict(engines=engine or (), weights=weights or (), prompt_tokens=prompt_tokens,
                   new_tokens=new_tokens)  # fmt: skip
@@ -305,18 +304,18 @@ def bench(
 
 
 def _measure(what: str, run: Any, preset: Any, seconds: float, options: Any, decode: Any,
-             progress: Progress) -> str:  # fmt: skip
+             reporter: Reporter) -> str:  # fmt: skip
     from glassgpt.errors import UserError
 
     if what == "train":
         from glassgpt.training.step_timing import bench_train
 
-        return bench_train(run, preset, options, seconds=seconds, progress=progress)
+        return bench_train(run, preset, options, seconds=seconds, reporter=reporter)
     if run is None or set(options) - {"threads"} or preset:
         raise UserError("bench decode needs a RUN, and takes no options of training")
     from glassgpt.evaluation.decoding_speed import describe_decode
 
-    return describe_decode(run, threads=options.get("threads"), progress=progress, **decode)
+    return describe_decode(run, threads=options.get("threads"), reporter=reporter, **decode)
 
 
 def read_prompt(prompt: str) -> str:

@@ -27,7 +27,7 @@ from glassgpt.interpret import lens
 from glassgpt.interpret.trace import Trace, record, shapes_of
 from glassgpt.options import resolve_options, split_options
 from glassgpt.reporting.canvas import check_target
-from glassgpt.reporting.run_log import aligned
+from glassgpt.reporting.terminal import aligned
 from glassgpt.tokenizers.tokenizer import begin_of_text, unknown_note
 
 Show = Literal["operations", "lens", "attribution", "loss", "patch"]

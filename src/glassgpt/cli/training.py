@@ -13,7 +13,7 @@ from glassgpt.config import DataConfig
 from glassgpt.options import preset_names, resolve_options
 
 if TYPE_CHECKING:
-    from glassgpt.reporting.run_log import Progress
+    from glassgpt.system import Reporter
     from glassgpt.training.loop import TrainResult
 
 
@@ -29,7 +29,7 @@ def demo(*, out: str | None = None) -> None:
         Run directory [runs/demo, runs/demo-2, ...].
     """
     from glassgpt.cli.demo import demo as run
-    from glassgpt.reporting.run_log import Terminal
+    from glassgpt.reporting.terminal import Terminal
 
     _exit_status(run(Terminal(), out))
 
@@ -72,12 +72,12 @@ def prepare(
     """
     from glassgpt.data.prepare import prepare as run
     from glassgpt.data.report import describe
-    from glassgpt.reporting.run_log import ByteProgress, Terminal
+    from glassgpt.reporting.terminal import Terminal
 
     terminal = Terminal()
     try:
         report = run(sources, out, DataConfig(**options), workers=workers, overwrite=overwrite,
-                     progress=ByteProgress(terminal))  # fmt: skip
+                     progress=terminal.advance)  # fmt: skip
     finally:
         terminal.close()
     print(describe(report, out))
@@ -129,14 +129,15 @@ def train(
         Replace the run directory if it exists.
     """
     from glassgpt import STARTED
-    from glassgpt.reporting.run_log import Progress, Terminal
+    from glassgpt.reporting.terminal import Terminal
+    from glassgpt.system import SILENT
     from glassgpt.training.run import train as run
 
     main_process = int(os.environ.get("RANK", 0)) == 0
-    terminal = Terminal() if main_process else Progress()
+    terminal = Terminal() if main_process else SILENT
     try:
         result = run(data, preset=preset, config=config, resume=resume, init_from=init_from,
-                     overwrite=overwrite, progress=terminal, began=STARTED, **options)  # fmt: skip
+                     overwrite=overwrite, reporter=terminal, began=STARTED, **options)  # fmt: skip
     finally:
         terminal.close()
     _exit_status(result)
@@ -191,13 +192,14 @@ def finetune(
     """
     from glassgpt import STARTED
     from glassgpt.finetuning.run import finetune as run
-    from glassgpt.reporting.run_log import Progress, Terminal
+    from glassgpt.reporting.terminal import Terminal
+    from glassgpt.system import SILENT
 
     main_process = int(os.environ.get("RANK", 0)) == 0
-    terminal = Terminal() if main_process else Progress()
+    terminal = Terminal() if main_process else SILENT
     try:
         result = run(base, data, preset=preset, config=config, resume=resume, overwrite=overwrite,
-                     progress=terminal, began=STARTED, **options)  # fmt: skip
+                     reporter=terminal, began=STARTED, **options)  # fmt: skip
     finally:
         terminal.close()
     _exit_status(result)
@@ -205,8 +207,8 @@ def finetune(
         _say_what_next(terminal, result)
 
 
-def _say_what_next(terminal: Progress, result: TrainResult) -> None:
-    from glassgpt.reporting.run_log import program
+def _say_what_next(terminal: Reporter, result: TrainResult) -> None:
+    from glassgpt.reporting.terminal import program
 
     for line in result.summary:
         terminal.say(line)
@@ -255,26 +257,26 @@ def plan(
     price:
         Dollars for an hour of one GPU, or of this machine.
     """
-    from glassgpt.reporting.run_log import Terminal
+    from glassgpt.reporting.terminal import Terminal
     from glassgpt.training.planning.planner import make_plan, table
 
     if resolve_options(options, preset=preset, config=config).get("budget"):
         _print_budget(data, preset, config, gpu or gpus or mfu, options)
         return
     print(table(make_plan(data, preset=preset, config=config, gpu=gpu, gpus=gpus, mfu=mfu,
-                          price=price, progress=Terminal(), **options)))  # fmt: skip
+                          price=price, reporter=Terminal(), **options)))  # fmt: skip
 
 
 def _print_budget(data: Any, preset: Any, config: Any, elsewhere: Any, options: Any) -> None:
     from glassgpt.errors import UserError
-    from glassgpt.reporting.run_log import Terminal
+    from glassgpt.reporting.terminal import Terminal
     from glassgpt.training.run import plan
 
     if elsewhere:
         raise UserError("a budget is planned by measuring: on this machine, without --gpu")
     terminal = Terminal()
     try:
-        table = plan(data, preset=preset, config=config, progress=terminal, **options)
+        table = plan(data, preset=preset, config=config, reporter=terminal, **options)
     finally:
         terminal.close()
     print(table)

@@ -25,8 +25,8 @@ from glassgpt.config import EngineName, WeightPrecision
 from glassgpt.errors import UserError
 from glassgpt.inference.engines import Engine
 from glassgpt.inference.engines.choose import build_engine
-from glassgpt.reporting.run_log import Progress, aligned
-from glassgpt.system import usable_cores
+from glassgpt.reporting.terminal import aligned
+from glassgpt.system import SILENT, Reporter, usable_cores
 
 ROWS = (1, 8)  # texts that grow side by side
 _REPEATS = 3  # of a prefill; the median counts
@@ -75,7 +75,7 @@ def bench_decode(
     threads: int | None = None,
     prompt_tokens: Sequence[int] = (32, 512),
     new_tokens: int = 128,
-    progress: Progress | None = None,
+    reporter: Reporter = SILENT,
 ) -> Iterator[DecodeSpeed]:
     """Measure each engine with each precision; without a choice all that this machine has.
 
@@ -83,7 +83,6 @@ def bench_decode(
     prompt. Raises `UserError` for what was asked for by name and can't be had.
     """
     _check(prompt_tokens, new_tokens, threads)
-    progress = progress or Progress()
     context = checkpoint.config.context_length
     prompts = sorted({min(n, context) for n in prompt_tokens})
     seen: set[str] = set()
@@ -91,10 +90,10 @@ def bench_decode(
     for name in engines or [name for name in get_args(EngineName) if name != "auto"]:
         for precision in weights or get_args(WeightPrecision):
             device = "auto" if name == "gpu" else "cpu"
-            progress.status(f"{name} {precision}: preparing")
+            reporter.status(f"{name} {precision}: preparing")
             try:
                 engine = build_engine(checkpoint, device=device, engine=name, weights=precision,
-                                      threads=threads, say=progress.say)  # fmt: skip
+                                      threads=threads, reporter=reporter)  # fmt: skip
             except UserError as error:
                 if engines and weights:
                     raise
@@ -103,17 +102,17 @@ def bench_decode(
             if engine.name in seen:  # another name for what was measured
                 continue
             seen.add(engine.name)
-            yield _speed_of(engine, prompts, new_tokens, progress, on_cpu=device == "cpu")
+            yield _speed_of(engine, prompts, new_tokens, reporter, on_cpu=device == "cpu")
             del engine  # before the next one: only one copy of the weights at a time
     if refusal and not seen:
         raise refusal
 
 
-def describe_decode(run: str, *, threads: int | None, progress: Progress, **how: Any) -> str:
+def describe_decode(run: str, *, threads: int | None, reporter: Reporter, **how: Any) -> str:
     """The table for the model `run`, and how fast memory is."""
     checkpoint = require_language_model(load_pretrained(run), run)
-    speeds = list(bench_decode(checkpoint, threads=threads, progress=progress, **how))
-    progress.status("measuring the memory")
+    speeds = list(bench_decode(checkpoint, threads=threads, reporter=reporter, **how))
+    reporter.status("measuring the memory")
     bandwidth = memory_bandwidth(threads)
     return f"{table(speeds, bandwidth)}\nmemory speed: {bandwidth / 1e9:.1f} GB/s"
 
@@ -126,14 +125,14 @@ def _check(prompt_tokens: Sequence[int], new_tokens: int, threads: int | None) -
 
 
 def _speed_of(
-    engine: Engine, prompts: Sequence[int], new_tokens: int, progress: Progress, *, on_cpu: bool
+    engine: Engine, prompts: Sequence[int], new_tokens: int, reporter: Reporter, *, on_cpu: bool
 ) -> DecodeSpeed:
     prefill, decode = {}, {}
     for n_tokens in prompts:
-        progress.status(f"{engine.name}: prompt of {n_tokens} tokens")
+        reporter.status(f"{engine.name}: prompt of {n_tokens} tokens")
         prefill[n_tokens] = prefill_speed(engine, n_tokens)
     for n_rows in ROWS:
-        progress.status(f"{engine.name}: {new_tokens} tokens, batch {n_rows}")
+        reporter.status(f"{engine.name}: {new_tokens} tokens, batch {n_rows}")
         decode[n_rows] = decode_speed(engine, n_rows, prompts[0], new_tokens)
     return DecodeSpeed(engine.name, engine.bytes_per_token, prefill, decode, on_cpu)
 

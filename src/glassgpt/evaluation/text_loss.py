@@ -21,7 +21,8 @@ from glassgpt.data.texts import decode
 from glassgpt.errors import UserError, explain_os_errors
 from glassgpt.inference.engines import Engine
 from glassgpt.inference.engines.choose import build_engine
-from glassgpt.reporting.run_log import Progress, aligned
+from glassgpt.reporting.terminal import aligned
+from glassgpt.system import SILENT, Reporter
 from glassgpt.tokenizers.tokenizer import Tokenizer
 
 _BLOCK = 256  # tokens read at once: their logits are 50 MB with GPT-2's vocabulary
@@ -67,7 +68,7 @@ def text_loss(
     text: str,
     *,
     max_tokens: int | None = None,
-    progress: Progress | None = None,
+    reporter: Reporter = SILENT,
 ) -> TextLoss:
     """The mean loss of every token of `text` but the first, given those before it.
 
@@ -95,8 +96,8 @@ def text_loss(
             done += stop - i
             if not math.isfinite(total):
                 raise UserError("the model's logits are not numbers (NaN): its weights are broken")
-            if progress:
-                progress.status(f"{engine.name}: {done:,} of {len(targets):,} tokens, "
+            if reporter:
+                reporter.status(f"{engine.name}: {done:,} of {len(targets):,} tokens, "
                                 f"loss {total / done:.4f}")  # fmt: skip
     ids, counts = np.unique(targets, return_counts=True)
     lengths = [len(tokenizer.token_bytes(int(token))) for token in ids]
@@ -142,15 +143,15 @@ def compare_weights(
     device: str = "auto",
     threads: int | None = None,
     max_tokens: int | None = None,
-    progress: Progress | None = None,
+    reporter: Reporter = SILENT,
 ) -> dict[WeightPrecision, TextLoss]:
     """The same text under the same model, its weights held with each precision in turn."""
     found = {}
     for precision in weights:
         built = build_engine(checkpoint, device=device, engine=engine, weights=precision,
-                             threads=threads, say=(progress or Progress()).say)  # fmt: skip
+                             threads=threads, reporter=reporter)  # fmt: skip
         found[precision] = text_loss(
-            built, checkpoint.tokenizer, text, max_tokens=max_tokens, progress=progress
+            built, checkpoint.tokenizer, text, max_tokens=max_tokens, reporter=reporter
         )
         del built  # before the next one: only one copy of the weights at a time
     return found

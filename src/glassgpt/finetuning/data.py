@@ -1,6 +1,6 @@
 """What a finetuning learns from: text, conversations or labelled texts, as rows for the trainer.
 
-    lesson = open_lesson(options, FinetuneConfig(), base, machine, progress); print(lesson.report)
+    lesson = open_lesson(options, FinetuneConfig(), base, machine, reporter); print(lesson.report)
 
 Reads files, splits off what is judged by, encodes with the base's tokenizer and template, packs.
 It knows no model and no optimizer.
@@ -34,7 +34,7 @@ from glassgpt.data.packing import PackedRows
 from glassgpt.errors import UserError
 from glassgpt.finetuning.conversations import encode_all
 from glassgpt.inference.classify import encode_text
-from glassgpt.reporting.run_log import Progress
+from glassgpt.system import Reporter
 from glassgpt.tokenizers.chat_template import Chat, choose_template
 from glassgpt.tokenizers.tokenizer import END_OF_TEXT, Tokenizer, add_tokens, unknown_note
 from glassgpt.training.run import adopt_tokenizer, open_data
@@ -58,7 +58,7 @@ def open_lesson(
     job: FinetuneConfig,
     base: Checkpoint,
     machine: runtime.Machine,
-    progress: Progress,
+    reporter: Reporter,
 ) -> Lesson:
     """Read, split and pack the data, whatever they are."""
     T, limit = given.get("context_length"), base.config.context_length
@@ -74,11 +74,11 @@ def open_lesson(
     _check_options(given, job, examples.format)
     keep = None
     if job.keep is not None:
-        keep = _text(given | {"data": (job.keep,), "val": None}, base, machine, progress)
+        keep = _text(given | {"data": (job.keep,), "val": None}, base, machine, reporter)
     if base.labels and examples.format != "labels":
         raise UserError(f"{given['init_from']} is a classifier; it learns from labels alone")
     if examples.format == "text":
-        lesson = _text_lesson(given, base, machine, progress)
+        lesson = _text_lesson(given, base, machine, reporter)
     else:
         train, val = _split(given, examples, fields)
         make = _label_lesson if examples.format == "labels" else _chat_lesson
@@ -109,19 +109,19 @@ def _check_options(given: dict[str, Any], job: FinetuneConfig, format: str) -> N
 
 
 def _text(
-    given: dict[str, Any], base: Checkpoint, machine: runtime.Machine, progress: Progress
+    given: dict[str, Any], base: Checkpoint, machine: runtime.Machine, reporter: Reporter
 ) -> Dataset:
     """Text, prepared with the base's tokenizer; it is prepared once, into the cache."""
     given = given | {"tokenizer": tokenizer_file(base.tokenizer)}
-    data = open_data(given, set(), machine, progress)
+    data = open_data(given, set(), machine, reporter)
     adopt_tokenizer(data, base, given["init_from"])
     return data
 
 
 def _text_lesson(
-    given: dict[str, Any], base: Checkpoint, machine: runtime.Machine, progress: Progress
+    given: dict[str, Any], base: Checkpoint, machine: runtime.Machine, reporter: Reporter
 ) -> Lesson:
-    data = _text(given, base, machine, progress)
+    data = _text(given, base, machine, reporter)
     assert isinstance(data.train, TokenFiles)
     few = base.tokenizer.decode(data.train.read(0, min(len(data.train), 1 << 16)))
     report = [

@@ -34,7 +34,8 @@ from glassgpt.inference.classify import class_weights, set_score_head
 from glassgpt.model import GPT, crop_positions
 from glassgpt.options import names_of, resolve_options, split_options
 from glassgpt.reporting.report import TrainResult
-from glassgpt.reporting.run_log import Progress, require_loggers
+from glassgpt.reporting.run_log import require_loggers
+from glassgpt.system import SILENT, Reporter
 from glassgpt.tokenizers.tokenizer import Tokenizer
 from glassgpt.training.loop import Trainer
 from glassgpt.training.run import (
@@ -62,7 +63,7 @@ def finetune(
     config: str | Path | None = None,
     resume: str | Path | None = None,
     overwrite: bool = False,
-    progress: Progress | None = None,
+    reporter: Reporter = SILENT,
     began: float | None = None,
     **options: Any,
 ) -> TrainResult:
@@ -72,7 +73,7 @@ def finetune(
     and the data. `resume` continues a run directory. Raises `UserError` for anything the caller
     can put right.
     """
-    progress, began = progress or Progress(), began or time.monotonic()
+    began = began or time.monotonic()
     if resume is not None and data is None:  # the one thing named is where the data are now
         base, data = None, base
     given = resolve_options(options, preset=preset, config=config, verb="finetune")
@@ -95,15 +96,15 @@ def finetune(
         held.callback(runtime.stop)
         if saved and saved[0] is None:
             _check_same_base(model_base, saved[2], given["init_from"], resume)
-        lesson = open_lesson(given, job, model_base, machine, progress)
+        lesson = open_lesson(given, job, model_base, machine, reporter)
         if saved is None:
             given = _complete(given, job, model_base, lesson, machine)
         elif saved[2]["data_fingerprint"] != lesson.data.fingerprint:
             raise UserError(f"{given['data'][0]}, or how it is read, has changed since {resume} "
                             "was started; resume with the same, or start anew")  # fmt: skip
         for line in lesson.report:
-            progress.say(line)
-        trainer = _make_trainer(given, job, model_base, lesson, machine, progress, saved,
+            reporter.say(line)
+        trainer = _make_trainer(given, job, model_base, lesson, machine, reporter, saved,
                                 overwrite, held, began)  # fmt: skip
         result = trainer.fit()
         machine.barrier()  # who leaves early takes the others' connections down
@@ -185,7 +186,7 @@ def _make_trainer(
     base: Checkpoint,
     lesson: Lesson,
     machine: runtime.Machine,
-    progress: Progress,
+    reporter: Reporter,
     saved: tuple | None,
     overwrite: bool,
     held: contextlib.ExitStack,
@@ -204,11 +205,11 @@ def _make_trainer(
         torch.manual_seed(config.seed)
         model = _model(base, shape, tokenizer, lesson, job, lora).to(machine.device)
         task = _task(lesson, job, lora, config, base, given, machine.device)
-        trainer = Trainer(run, model, config, lesson.data, machine, progress, given, task=task,
+        trainer = Trainer(run, model, config, lesson.data, machine, reporter, given, task=task,
                           began=began)  # fmt: skip
-    progress.say(_what_learns(model))
+    reporter.say(_what_learns(model))
     if note := task.beside(model):
-        progress.say(note)
+        reporter.say(note)
     if saved is not None:
         trainer.restore(*saved)
     elif machine.is_main:

@@ -18,7 +18,7 @@ import torch.nn as nn
 from glassgpt.config import ModelConfig
 from glassgpt.errors import UserError
 from glassgpt.model import GPT
-from glassgpt.reporting.run_log import aligned
+from glassgpt.reporting.terminal import aligned
 from glassgpt.tokenizers.tokenizer import Tokenizer, tokens_before
 
 _BATCH_TOKENS = 8192  # read at once, with padding

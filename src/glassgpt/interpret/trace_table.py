@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from glassgpt.errors import UserError
-from glassgpt.reporting.run_log import aligned
+from glassgpt.reporting.terminal import aligned
 
 
 def table(operations: Sequence[Any], n_layer: int, layer: int | None, every: bool) -> str:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from glassgpt.config import ModelConfig
-from glassgpt.reporting.run_log import format_seconds
+from glassgpt.reporting.terminal import format_seconds
 from glassgpt.system import write_file
 
 

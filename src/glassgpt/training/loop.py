@@ -1,6 +1,6 @@
 """One loop for all training: batches in, a run directory out; stoppable and resumable anywhere.
 
-    result = Trainer(run, model, train_config, dataset, machine, progress, options).fit()
+    result = Trainer(run, model, train_config, dataset, machine, reporter, options).fit()
 
 Everything that varies between steps (batch, learning rate, dropout) is a function of (seed,
 step), so a resumed run repeats the uninterrupted one bit for bit on a CPU. This room knows the
@@ -38,14 +38,9 @@ from glassgpt.reporting.report import (
     summary,
     write_report,
 )
-from glassgpt.reporting.run_log import (
-    Progress,
-    RunLog,
-    format_seconds,
-    program,
-    rewind_samples,
-    write_sample,
-)
+from glassgpt.reporting.run_log import RunLog, rewind_samples, write_sample
+from glassgpt.reporting.terminal import format_seconds, program
+from glassgpt.system import Reporter
 from glassgpt.training.optimizers import (
     learning_rate_at,
     make_optimizers,
@@ -72,7 +67,7 @@ class Trainer:
         config: TrainConfig,
         data: Dataset,
         machine: runtime.Machine,
-        progress: Progress,
+        reporter: Reporter,
         options: dict[str, Any],
         *,
         task: TextTask | None = None,
@@ -82,13 +77,13 @@ class Trainer:
         """`began`: when the time of a budget started to run (time.monotonic); `plan`: what is
         expected of it."""
         self.run, self.config, self.data, self.machine = run, config, data, machine
-        self.progress, self.options, self.plan = progress, options, plan
+        self.reporter, self.options, self.plan = reporter, options, plan
         self.model, self.task = model, task or TextTask(data.tokenizer, config)
         self.T, self.shape = model.config.context_length, shape_in_words(model.config)
         rows = max(1, round(config.batch_tokens / self.T / machine.world))
         self.rows_per_rank, self.rows_per_step = rows, rows * machine.world
         self.drops = bool(model.config.dropout or self.task.dropout)
-        self.passes = Passes(model, config, machine, rows=rows, progress=progress,
+        self.passes = Passes(model, config, machine, rows=rows, reporter=reporter,
                              packed=data.packed, drops=self.drops, **self.task.loss)  # fmt: skip
         self.optimizers = make_optimizers(
             model, config, layer_decay=self.task.layer_decay,
@@ -156,8 +151,8 @@ class Trainer:
                 self._foresee()
                 finished = self._loop()
             except KeyboardInterrupt:  # a second Ctrl-C, or one where nobody listens
-                self.progress.close()
-                self.progress.say(f"stopped at once; go on with: {self._how_to_resume}")
+                self.reporter.close()
+                self.reporter.say(f"stopped at once; go on with: {self._how_to_resume}")
                 raise
         if not finished:
             self.save()
@@ -281,7 +276,7 @@ class Trainer:
             self._tick, self._tick_step = now, self.step
             self._write(train_loss=loss, lr=rate, grad_norm=norm,
                         tokens_per_second=round(per_second, 1))  # fmt: skip
-            self.progress.status(self._status_line(per_second))
+            self.reporter.status(self._status_line(per_second))
 
     def _status_line(self, per_second: float) -> str:
         of = "" if self.clock.budget else f"/{self.config.max_steps:,}"
@@ -330,7 +325,7 @@ class Trainer:
         note = "" if better else f" (best {self.best_val_loss:.4f})"
         note += "".join(f"  {name.replace('_', ' ')} {loss:.4f}" for name, loss in more.items())
         took = format_seconds(self.clock.elapsed())
-        self.progress.say(f"step {self.step:>6,}  val loss {val_loss:.4f}{note}  {took}")
+        self.reporter.say(f"step {self.step:>6,}  val loss {val_loss:.4f}{note}  {took}")
         self._tick, self._tick_step = time.monotonic(), self.step
 
     def _keep_loss(self) -> dict[str, float]:
@@ -353,7 +348,7 @@ class Trainer:
                     break
                 if number % 64 == 63:
                     share = number * rows * machine.world / (windows or split.count(self.T))
-                    self.progress.status(f"evaluating: {share:.0%} of the validation text")
+                    self.reporter.status(f"evaluating: {share:.0%} of the validation text")
                 total += self.passes.losses(*batch)
                 count += int(np.count_nonzero(batch[1] != IGNORE))
             return total, count
@@ -409,7 +404,7 @@ class Trainer:
                 now = self.task.checkpoint(self.model, self._info())
                 ckpt.save_snapshot(self.run, self.step, now)
             except UserError as error:
-                self.progress.say(f"no snapshot of step {self.step:,}: {error}")
+                self.reporter.say(f"no snapshot of step {self.step:,}: {error}")
 
     def _info(self) -> dict[str, Any]:
         """What glassgpt.json says of it."""
@@ -424,16 +419,16 @@ class Trainer:
         }
 
     def _finish(self, finished: bool) -> TrainResult:
-        self.progress.close()
+        self.reporter.close()
         self.passes.close()
         if self.log is not None:
             self.log.close()
             if self.evaluated_step is not None:
                 loss_curve(self.run, guessing=self.task.guessing(self.model), per=self.task.per)
         if not finished:
-            self.progress.say(f"stopped at step {self.step:,}; go on with: {self._how_to_resume}")
+            self.reporter.say(f"stopped at step {self.step:,}; go on with: {self._how_to_resume}")
         elif not self.clock.is_over(self.step):
-            self.progress.say(f"stopped early at step {self.step:,}: no better validation loss in "
+            self.reporter.say(f"stopped early at step {self.step:,}: no better validation loss in "
                               f"{self.config.patience} evaluations")  # fmt: skip
         stopped_by = None if finished else self.stop.signal or signal.SIGTERM  # another rank's
         report = self._report()
@@ -462,19 +457,19 @@ class Trainer:
         if not self.machine.is_main:
             return
         accumulated = math.ceil(self.rows_per_rank / self.passes.micro_batch_size)
-        self.progress.say(f"{self.shape} · {len(self.data.train):,} training tokens, "
+        self.reporter.say(f"{self.shape} · {len(self.data.train):,} training tokens, "
                           f"vocabulary {self.model.config.vocab_size:,}")  # fmt: skip
         steps = self.config.max_steps
         length = f"{steps:,} steps of {self._tokens(1):,} tokens ({self._epochs(steps):.1f} epochs)"
         if self.clock.budget is not None:
             left = format_seconds(self.clock.left(self.step))
             length = f"steps of {self._tokens(1):,} tokens, for {left}"
-        self.progress.say(
+        self.reporter.say(
             length + (f", {accumulated} micro-batches a step" if accumulated > 1 else "")
             + f", on {self.machine.device} in {self.passes.precision} -> {self.run}"
         )  # fmt: skip
         if note := self.task.note():
-            self.progress.say(note)
+            self.reporter.say(note)
 
     def _stop_now(self) -> bool:
         """May an evaluation break off? Not with several processes: all must do the same."""

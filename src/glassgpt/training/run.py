@@ -32,8 +32,9 @@ from glassgpt.data.prepare import data_key, prepare
 from glassgpt.errors import UserError, explain_os_errors
 from glassgpt.model import GPT, crop_positions, load_weights
 from glassgpt.options import names_of, resolve_options, split_options
-from glassgpt.reporting.run_log import ByteProgress, Progress, program, require_loggers
-from glassgpt.system import cache_dir, exclusive
+from glassgpt.reporting.run_log import require_loggers
+from glassgpt.reporting.terminal import program
+from glassgpt.system import SILENT, Reporter, cache_dir, exclusive
 from glassgpt.training.loop import Trainer, TrainResult
 from glassgpt.training.planning.planner import budget_table, plan_budget
 
@@ -58,7 +59,7 @@ def train(
     resume: str | Path | None = None,
     init_from: str | Path | None = None,
     overwrite: bool = False,
-    progress: Progress | None = None,
+    reporter: Reporter = SILENT,
     began: float | None = None,
     **options: Any,
 ) -> TrainResult:
@@ -69,7 +70,7 @@ def train(
     (anything that `glassgpt.load` takes). A `budget` is counted from `began` (time.monotonic) or
     from this call. Raises `UserError` for anything the caller can put right.
     """
-    progress, began = progress or Progress(), began or time.monotonic()
+    began = began or time.monotonic()
     names = names_in(data)
     given = resolve_options(options, preset=preset, config=config)
     asked = set(resolve_options(options, config=config))  # a preset asks for nothing by name
@@ -84,7 +85,7 @@ def train(
             if not names and is_prepared(saved[2]["data_path"]):
                 names, asked = [saved[2]["data_path"]], set()
         elif init_from is not None:
-            base = ckpt.require_language_model(load_pretrained(init_from, progress), init_from)
+            base = ckpt.require_language_model(load_pretrained(init_from, reporter), init_from)
             given = _options_for(base, given, asked, os.fspath(init_from))
         given["data"] = required(names or given.get("data"))
         check_pace(given, asked)
@@ -94,7 +95,7 @@ def train(
         machine = runtime.start(config_now)
         held.callback(runtime.stop)
         with _hint_of_moved_text(resume if saved is not None and not names else None):
-            dataset = open_data(given, asked, machine, progress)
+            dataset = open_data(given, asked, machine, reporter)
         if saved is None:
             given |= _stored_options(given["data"]) or {}
         elif saved[2]["data_fingerprint"] != dataset.fingerprint:
@@ -102,10 +103,10 @@ def train(
                             "resume with the same data, or start anew")  # fmt: skip
         clock: dict[str, Any] = {"began": began}
         if config_now.budget is not None and saved is None:
-            how = dict(began=began, progress=progress, asked=asked, base=base and base.config)
+            how = dict(began=began, reporter=reporter, asked=asked, base=base and base.config)
             work = partial(plan_budget, given, dataset, machine, **how)
             given, clock["plan"] = machine.on_main(work)
-        trainer = _make_trainer(given, dataset, machine, progress, saved, base, overwrite, held,
+        trainer = _make_trainer(given, dataset, machine, reporter, saved, base, overwrite, held,
                                 **clock)  # fmt: skip
         result = trainer.fit()
         machine.barrier()  # who leaves early takes the others' connections down
@@ -130,14 +131,14 @@ def plan(
     *,
     preset: str | None = None,
     config: str | Path | None = None,
-    progress: Progress | None = None,
+    reporter: Reporter = SILENT,
     **options: Any,
 ) -> str:
     """What `train` with a budget would do, as a table: the model, its options, what to expect.
 
     Prepares the text, as training does, and measures a few steps; trains nothing.
     """
-    began, progress = time.monotonic(), progress or Progress()
+    began = time.monotonic()
     given = resolve_options(options, preset=preset, config=config)
     asked = set(resolve_options(options, config=config))
     given["data"] = required(names_in(data) or given.get("data"))
@@ -145,8 +146,8 @@ def plan(
         held.callback(torch.set_num_threads, torch.get_num_threads())
         machine = runtime.start(split_options(given)[2])
         held.callback(runtime.stop)
-        dataset = open_data(given, asked, machine, progress)
-        given, expected = plan_budget(given, dataset, machine, began=began, progress=progress,
+        dataset = open_data(given, asked, machine, reporter)
+        given, expected = plan_budget(given, dataset, machine, began=began, reporter=reporter,
                                       asked=asked)  # fmt: skip
         return budget_table(_model_config(given, dataset, None, None), given, expected, machine)
 
@@ -167,7 +168,7 @@ def _make_trainer(
     given: dict[str, Any],
     data: Dataset,
     machine: runtime.Machine,
-    progress: Progress,
+    reporter: Reporter,
     saved: tuple | None,
     base: ckpt.Checkpoint | None,
     overwrite: bool,
@@ -183,7 +184,7 @@ def _make_trainer(
         model = GPT(model_config).to(machine.device)
         if base is not None:
             load_weights(model, crop_positions(base.weights, model_config))
-        trainer = Trainer(run, model, config, data, machine, progress, given, **clock)
+        trainer = Trainer(run, model, config, data, machine, reporter, given, **clock)
     if saved is not None:
         trainer.restore(*saved)
     elif machine.is_main:
@@ -306,7 +307,7 @@ def open_data(
     given: dict[str, Any],
     asked: set[str],
     machine: runtime.Machine,
-    progress: Progress,
+    reporter: Reporter,
 ) -> Dataset:
     """Prepared data as it is; text is prepared first, into the cache, once per content.
 
@@ -321,10 +322,9 @@ def open_data(
                                 f"{getattr(config, name)} can't be followed; prepare the text "
                                 "anew with it")  # fmt: skip
         return load_data(names[0])
-    tell = ByteProgress(progress)
 
     def find_or_make() -> Path:
-        inputs = sources.resolve(names, progress=tell)
+        inputs = sources.resolve(names, progress=reporter.advance)
         inputs += sources.resolve([config.val]) if config.val is not None else []
         key = data_key([sources.fingerprint(source) for source in inputs], config)
         folder = cache_dir() / "data" / key
@@ -334,7 +334,7 @@ def open_data(
             folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_suffix(".lock")):  # a second training of the same text waits
             if not is_prepared(folder):
-                prepare(names, folder, config, overwrite=True, progress=tell)
+                prepare(names, folder, config, overwrite=True, progress=reporter.advance)
         return folder
 
     return load_data(machine.on_main(find_or_make))

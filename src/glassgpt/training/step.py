@@ -24,7 +24,7 @@ from glassgpt.data.batches import IGNORE
 from glassgpt.errors import UserError
 from glassgpt.inference.kernels.compiled import first_call
 from glassgpt.model import GPT
-from glassgpt.reporting.run_log import Progress
+from glassgpt.system import Reporter
 from glassgpt.training.fused.step import FusedStep, Weights, can_fuse, multiplies_bfloat16
 from glassgpt.training.loss import NextTokenLoss
 from glassgpt.training.planning.costs import EVAL_LOGITS, useful_workers
@@ -87,14 +87,14 @@ class Passes:
         machine: runtime.Machine,
         *,
         rows: int,
-        progress: Progress,
+        reporter: Reporter,
         packed: bool = False,
         drops: bool | None = None,
         **loss: Any,
     ) -> None:
         """`rows` of this process in a step; `packed`: with positions; `drops`: with random masks
         [where the model's config has dropout]; `loss`: options of NextTokenLoss."""
-        self.model, self.config, self.machine, self.progress = model, config, machine, progress
+        self.model, self.config, self.machine, self.reporter = model, config, machine, reporter
         self.rows, self.packed, self.loss = rows, packed, loss
         self.drops = bool(model.config.dropout) if drops is None else drops
         self.scaler = torch.amp.GradScaler(  # type: ignore[attr-defined]
@@ -200,7 +200,7 @@ class Passes:
         """
         if self.weights is not None:
             try:
-                with first_call(f"{self.precision} training", self.progress.say):
+                with first_call(f"{self.precision} training", self.reporter):
                     tokens, targets = (array[:1] for array in batch)
                     self.steps[0](tokens, targets, 0.0, 0)
             except ImportError as error:
@@ -213,7 +213,7 @@ class Passes:
             step: Any = self.steps[0]
             plain = step.called
             try:
-                self.progress.status("compiling the model (once; a minute or so)")
+                self.reporter.status("compiling the model (once; a minute or so)")
                 step.plain.ready_to_compile()
                 step.called = torch.compile(step.called, dynamic=False)
                 tokens, targets = (array[: self.micro_batch_size] for array in batch)
@@ -276,7 +276,7 @@ class Passes:
 
     def _without_compiler(self, what: str, error: Exception) -> None:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        self.progress.say(f"warning: {what} does not work here ({reason[:100]}); "
+        self.reporter.say(f"warning: {what} does not work here ({reason[:100]}); "
                           "training goes on without it")  # fmt: skip
         self.may_compile = False
 
@@ -336,13 +336,13 @@ class Passes:
                 self._recompute_from_now_on()
                 continue
             self.micro_batch_size = self.fits_in_memory = (self.micro_batch_size + 1) // 2
-            self.progress.say(f"out of memory: going on with micro_batch_size="
+            self.reporter.say(f"out of memory: going on with micro_batch_size="
                               f"{self.micro_batch_size}, same tokens per step")  # fmt: skip
 
     def _recompute_from_now_on(self) -> None:
         """The last resort: of every block, keep its input alone."""
         self.recompute = True
-        self.progress.say("out of memory: going on with recomputed activations, a third slower")
+        self.reporter.say("out of memory: going on with recomputed activations, a third slower")
         for step in self.steps:
             assert isinstance(step, AutogradStep)
             step.called = step.plain = NextTokenLoss(step.model, **self.loss, recompute=True)

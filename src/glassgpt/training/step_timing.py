@@ -29,7 +29,8 @@ from glassgpt.data.glance import look_at
 from glassgpt.errors import UserError
 from glassgpt.model import GPT
 from glassgpt.options import resolve_options, split_options
-from glassgpt.reporting.run_log import Progress, aligned
+from glassgpt.reporting.terminal import aligned
+from glassgpt.system import SILENT, Reporter
 from glassgpt.training.optimizers import Optimizer, make_optimizers
 from glassgpt.training.step import Passes
 
@@ -62,7 +63,7 @@ def bench_train(
     options: dict[str, Any],
     *,
     seconds: float,
-    progress: Progress,
+    reporter: Reporter,
 ) -> str:
     """The table for the model `run`, or for the one that the options of training make."""
     if not seconds > 0:
@@ -75,9 +76,9 @@ def bench_train(
         )
     else:
         model = load_pretrained(run).config
-    progress.status("measuring training steps")
-    speed = time_steps(model, train, machine, seconds=seconds, progress=progress)
-    progress.status("measuring matrix products")
+    reporter.status("measuring training steps")
+    speed = time_steps(model, train, machine, seconds=seconds, reporter=reporter)
+    reporter.status("measuring matrix products")
     return table(speed, product_peak(machine, speed.precision))
 
 
@@ -87,13 +88,13 @@ def time_steps(
     machine: runtime.Machine,
     *,
     seconds: float,
-    progress: Progress | None = None,
+    reporter: Reporter = SILENT,
 ) -> StepSpeed:
     """Train on random tokens in this process for about `seconds`, three steps at least."""
     threads = torch.get_num_threads()
     rows = max(1, round(train.batch_tokens / model.context_length))
     gpt = GPT(model).to(machine.device)
-    passes = Passes(gpt, train, machine, rows=rows, progress=progress or Progress())
+    passes = Passes(gpt, train, machine, rows=rows, reporter=reporter)
     optimizers = make_optimizers(gpt, train, low_precision=passes.precision == "bfloat16",
                                  workers=passes.workers)  # fmt: skip
     steps: list[dict[str, float]] = []

@@ -11,7 +11,6 @@ import json
 import operator
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from hashlib import sha256
 from pathlib import Path
@@ -25,7 +24,7 @@ from glassgpt.errors import UserError
 from glassgpt.inference.engines import Engine
 from glassgpt.inference.engines.cpu import NumbaEngine, NumpyEngine
 from glassgpt.inference.kernels.compiled import kernel_folder, load_kernels
-from glassgpt.system import usable_cores, write_file
+from glassgpt.system import SILENT, Reporter, usable_cores, write_file
 
 if TYPE_CHECKING:
     from glassgpt.model import GPT
@@ -41,10 +40,6 @@ _MEASURED_LAYERS = 2  # of a stand-in for the model: enough to tell the two engi
 _MEASURED_STEPS = 8
 
 
-def ignore(text: str) -> None:
-    """Where nobody listens."""
-
-
 def build_engine(
     checkpoint: Checkpoint,
     *,
@@ -53,25 +48,25 @@ def build_engine(
     weights: WeightPrecision = "float32",
     threads: int | None = None,
     compile: bool | None = None,
-    say: Callable[[str], None] = ignore,
+    reporter: Reporter = SILENT,
 ) -> Engine:
     """An engine with this checkpoint's weights.
 
     `compile` is for a GPU: a compiled step is several times as fast after half a minute (None:
-    where it works). `say` takes notes for the user. Raises `UserError` for what does not go
+    where it works). `reporter` takes notes for the user. Raises `UserError` for what does not go
     together, is not installed, or does not fit in memory.
     """
     threads = check_choice(device, engine, weights, threads)
     chosen = engine
     try:
         if chosen == "auto":
-            chosen = _engine_for(checkpoint.config, device, weights, threads, say)
+            chosen = _engine_for(checkpoint.config, device, weights, threads, reporter)
         _check_pair(chosen, device, weights)
         if chosen in ("torch", "gpu"):
             return _torch_engine(checkpoint, chosen, device, weights, threads, compile)
         if chosen == "numba":
             return NumbaEngine(
-                checkpoint.config, checkpoint.weights, weights, threads=threads, say=say
+                checkpoint.config, checkpoint.weights, weights, threads=threads, reporter=reporter
             )
     except MemoryError as error:
         raise _too_large(checkpoint.config) from error
@@ -79,7 +74,7 @@ def build_engine(
         if engine != "auto":
             raise UserError(f"engine=numba needs the package numba ({error}): "
                             "pip install 'glassgpt[fast]'") from error  # fmt: skip
-        _hint(say, error)
+        _hint(reporter, error)
     try:
         return NumpyEngine(checkpoint.config, checkpoint.weights, weights)
     except MemoryError as error:
@@ -121,7 +116,7 @@ def _engine_for(
     device: str,
     weights: WeightPrecision,
     threads: int | None,
-    say: Callable[[str], None],
+    reporter: Reporter,
 ) -> EngineName:
     """Raises ImportError where there is nothing but NumPy."""
     if weights == "bfloat16" or device in ("cuda", "mps"):
@@ -131,20 +126,20 @@ def _engine_for(
         return "gpu"
     load_kernels("glassgpt.inference.kernels.forward")
     if weights == "float32" and threads is None:
-        return faster_engine(config, say)
+        return faster_engine(config, reporter)
     return "numba"  # NumPy would read four times the bytes, and has its own number of threads
 
 
 _hinted = False
 
 
-def _hint(say: Callable[[str], None], error: ImportError) -> None:
+def _hint(reporter: Reporter, error: ImportError) -> None:
     """Once in a process: how generation gets faster."""
     global _hinted
-    if say is not ignore and not _hinted:
+    if reporter is not SILENT and not _hinted:
         _hinted = True
         why = "" if isinstance(error, ModuleNotFoundError) else f" (now: {error})"
-        say(f"note: pip install 'glassgpt[fast]' makes generation on this CPU faster{why}")
+        reporter.say(f"note: pip install 'glassgpt[fast]' makes generation on this CPU faster{why}")
 
 
 def _has_nvidia_card() -> bool:
@@ -208,7 +203,7 @@ def _too_large(config: ModelConfig) -> UserError:
 # -- measured once -------------------------------------------------------------------------------
 
 
-def faster_engine(config: ModelConfig, say: Callable[[str], None] = ignore) -> EngineName:
+def faster_engine(config: ModelConfig, reporter: Reporter = SILENT) -> EngineName:
     """numba or numpy for this shape of model in float32: measured the first time, then known."""
     shape = json.dumps([asdict(replace(config, context_length=1024)), usable_cores()])
     record = kernel_folder() / f"choice-{sha256(shape.encode()).hexdigest()[:16]}.json"
@@ -218,11 +213,13 @@ def faster_engine(config: ModelConfig, say: Callable[[str], None] = ignore) -> E
             return known
     except (OSError, ValueError, KeyError, TypeError):
         pass
-    rates = measure(config, say)
+    rates = measure(config, reporter)
     chosen: EngineName = "numba" if rates["numba"] >= rates["numpy"] else "numpy"
     share = min(rates.values()) / max(rates.values())
-    say(f"measured once for models of this shape: {chosen} takes {share:.0%} of the time that the "
-        "other engine takes (--engine chooses)")  # fmt: skip
+    reporter.say(
+        f"measured once for models of this shape: {chosen} takes {share:.0%} of the time that the "
+        "other engine takes (--engine chooses)"
+    )
     try:
         record.parent.mkdir(parents=True, exist_ok=True)
         write_file(record, json.dumps({"engine": chosen, "tokens_per_second": rates}).encode())
@@ -231,12 +228,12 @@ def faster_engine(config: ModelConfig, say: Callable[[str], None] = ignore) -> E
     return chosen
 
 
-def measure(config: ModelConfig, say: Callable[[str], None] = ignore) -> dict[str, float]:
+def measure(config: ModelConfig, reporter: Reporter = SILENT) -> dict[str, float]:
     """Tokens per second of both CPU engines, of a stand-in with all of the width and few layers."""
     config = replace(config, n_layer=min(_MEASURED_LAYERS, config.n_layer), context_length=64)
     weights = {name: np.full(s, 0.01, np.float32) for name, s in config.weight_shapes.items()}
     rates = {}
-    for built in (NumbaEngine(config, weights, say=say), NumpyEngine(config, weights)):
+    for built in (NumbaEngine(config, weights, reporter=reporter), NumpyEngine(config, weights)):
         built.open(1)
         built.read([0], [np.zeros(8, np.int64)])
         seconds = []

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import os
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from copy import copy as shallow_copy
 from types import ModuleType
@@ -30,7 +30,7 @@ from glassgpt.inference.kernels.quantize import (
     quantize,
     quantize_into,
 )
-from glassgpt.system import usable_cores
+from glassgpt.system import SILENT, Reporter, usable_cores
 
 Weights = Mapping[str, np.ndarray]
 _BLOCK = 64  # tokens of one pass: many enough to use each weight well, few enough for the caches
@@ -199,7 +199,7 @@ class NumbaEngine:
     """An `Engine` of compiled kernels: rows of a batch share each reading of the weights.
 
     Quantised weights go with keys and values in float16. Raises ImportError where Numba can't be
-    used. `say` takes notes for the user.
+    used. `reporter` takes notes for the user.
     """
 
     def __init__(
@@ -209,7 +209,7 @@ class NumbaEngine:
         precision: WeightPrecision = "float32",
         *,
         threads: int | None = None,
-        say: Callable[[str], None] = lambda text: None,
+        reporter: Reporter = SILENT,
     ) -> None:
         kernels = load_kernels("glassgpt.inference.kernels.forward")
         self.config, self.precision, self.name = config, precision, f"numba {precision}"
@@ -221,7 +221,7 @@ class NumbaEngine:
         self._team = _Team(kernels, config, threads or usable_cores())
         self._logits = np.empty((0, padded(config.vocab_size, ROWS)), np.float32)
         self.open(1)
-        self._compile(say)
+        self._compile(reporter)
 
     def another(self) -> NumbaEngine:
         other = shallow_copy(self)
@@ -284,10 +284,10 @@ class NumbaEngine:
             team.run(self.model, work, self.cache, tokens, rows, positions, wanted,
                      self.precision != "float32", alone=alone)  # fmt: skip
 
-    def _compile(self, say: Callable[[str], None]) -> None:
+    def _compile(self, reporter: Reporter) -> None:
         """A first token, in this thread alone: compiles, or reads what was compiled before."""
         zero, logits = np.zeros(1, np.int64), np.empty((1, self._logits.shape[1]), np.float32)
-        with first_call(self.precision, say):
+        with first_call(self.precision, reporter):
             self._run(zero, zero, zero, zero, logits, alone=True)
 
     def _fit(self, capacity: int) -> None:

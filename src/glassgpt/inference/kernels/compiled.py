@@ -16,12 +16,12 @@ import platform
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from types import ModuleType
 
-from glassgpt.system import cache_dir
+from glassgpt.system import Reporter, cache_dir
 
 _OLDEST_NUMBA = (0, 62)  # as in pyproject.toml: from here on, LLVM's pointers have no types
 _MONTH = 30 * 24 * 3600.0  # seconds
@@ -83,7 +83,7 @@ def kernel_folder() -> Path:
 
 
 @contextlib.contextmanager
-def first_call(what: str, say: Callable[[str], None]) -> Iterator[None]:
+def first_call(what: str, reporter: Reporter) -> Iterator[None]:
     """Around a first call of the kernels `what`, which compiles them or reads what was compiled
     before: says so when it will take a while. Raises ImportError when the compiler fails."""
     known = kernel_folder() / f"{what.replace(' ', '-')}.compiled"
@@ -91,12 +91,12 @@ def first_call(what: str, say: Callable[[str], None]) -> Iterator[None]:
         kept = cache_dir() in known.parents
         often = "once on this machine" if kept else f"anew: {cache_dir()} can't be written"
         _forget_old_code(known.parent)
-        say(f"compiling the {what} kernels, {often} ...")
+        reporter.say(f"compiling the {what} kernels, {often} ...")
     try:
         yield
         known.touch()
     except OSError as error:  # a full disk: they are compiled, but will be so once more
-        say(f"note: the compiled kernels could not be kept: {error}")
+        reporter.say(f"note: the compiled kernels could not be kept: {error}")
     except Exception as error:
         raise ImportError(f"numba can't compile: {one_line(error)}") from error
 

@@ -30,9 +30,9 @@ from glassgpt.errors import UserError
 from glassgpt.model import GPT
 from glassgpt.options import names_of, resolve_options, split_options
 from glassgpt.reporting.report import Expectation
-from glassgpt.reporting.run_log import Progress, format_seconds
+from glassgpt.reporting.terminal import format_seconds
 from glassgpt.runtime import Card, find_card
-from glassgpt.system import free_memory, peak_memory
+from glassgpt.system import SILENT, Reporter, free_memory, peak_memory
 from glassgpt.training.fused.step import can_fuse, multiplies_bfloat16
 from glassgpt.training.optimizers import Optimizer, make_optimizers
 from glassgpt.training.planning import budget
@@ -97,7 +97,7 @@ def make_plan(
     gpus: int | None = None,
     mfu: float | None = None,
     price: float | None = None,
-    progress: Progress | None = None,
+    reporter: Reporter = SILENT,
     **options: Any,
 ) -> Plan:
     """The plan of `train` with these options: on `gpus` cards named `gpu`, or measured here.
@@ -110,7 +110,7 @@ def make_plan(
     text = look_at(data or given.get("data") or (), data_config)
     model = ModelConfig.from_shape(shape.pop("shape"), vocab_size=text.vocab_size, **shape)
     if gpu is None:
-        return _plan_here(model, train, text, price, progress or Progress())
+        return _plan_here(model, train, text, price, reporter)
     card, world, share = find_card(gpu), gpus or 1, mfu or USUAL_MFU
     place: dict[str, Any] = {"device": "cuda", "world": world}
     tokens = rows_per_process(model, train, world) * world * model.context_length
@@ -136,7 +136,7 @@ def _check(gpu: str | None, gpus: int | None, mfu: float | None, price: float | 
 
 
 def _plan_here(
-    model: ModelConfig, train: TrainConfig, text: Text, price: float | None, progress: Progress
+    model: ModelConfig, train: TrainConfig, text: Text, price: float | None, reporter: Reporter
 ) -> Plan:
     machine = runtime.start(train)
     place, room = where_we_are(machine), room_here(machine)
@@ -145,7 +145,7 @@ def _plan_here(
     if room is not None:
         fitting = largest_micro_batch(model, train, room, **place)
     if room is None or need.total <= room:
-        took = calibrate(model, train, machine, progress)
+        took = calibrate(model, train, machine, reporter)
     return Plan(model, train, text, 1, str(machine.device), None, need, room, fitting, took,
                 "measured", price)  # fmt: skip
 
@@ -177,7 +177,7 @@ def calibrate(
     model: ModelConfig,
     train: TrainConfig,
     machine: runtime.Machine,
-    progress: Progress | None = None,
+    reporter: Reporter = SILENT,
     *,
     budget: float = 2.0,
 ) -> float:
@@ -187,11 +187,10 @@ def calibrate(
     rest is in proportion. Takes about `budget` seconds and what compiling takes, or as long as one
     pass of a row for each thread.
     """
-    progress = progress or Progress()
-    progress.status("measuring a few steps")
+    reporter.status("measuring a few steps")
     threads, rows = torch.get_num_threads(), rows_per_process(model, train, machine.world)
     gpt = GPT(model).to(machine.device)
-    passes = Passes(gpt, train, machine, rows=rows, progress=progress)
+    passes = Passes(gpt, train, machine, rows=rows, reporter=reporter)
     try:
         optimizers = make_optimizers(gpt, train, workers=passes.workers,
                                      low_precision=passes.precision == "bfloat16")  # fmt: skip
@@ -212,7 +211,7 @@ def calibrate(
             times = _time_steps(passes, optimizers, tokens[:few], left)
     finally:
         passes.close()
-        progress.close()
+        reporter.close()
         torch.set_num_threads(threads)  # Passes may have left one to each of its workers
     backward, update = times
     return backward * rows / few + update
@@ -253,7 +252,7 @@ def plan_budget(
     machine: runtime.Machine,
     *,
     began: float,
-    progress: Progress,
+    reporter: Reporter,
     asked: set[str] = frozenset(),  # type: ignore
     base: ModelConfig | None = None,
 ) -> tuple[dict[str, Any], Expectation]:
@@ -279,10 +278,10 @@ def plan_budget(
         return dataclasses.replace(model, dropout=wanted["dropout"]), TrainConfig(**own)
 
     def measure(model: ModelConfig, train: dict[str, Any]) -> float:
-        progress.status(f"measuring {model.n_layer} layers, {model.n_embd} wide")
+        reporter.status(f"measuring {model.n_layer} layers, {model.n_embd} wide")
         model, config = complete(model, train)
         enough = max(_SHORTEST_TRY, _CALIBRATION_SHARE * total)
-        took = calibrate(model, config, alone, progress, budget=enough)
+        took = calibrate(model, config, alone, reporter, budget=enough)
         tokens = rows_per_process(model, config) * model.context_length
         return took / tokens / machine.world
 
@@ -305,7 +304,7 @@ def plan_budget(
                         f"{time.monotonic() - began + _ROUND_ABOUT:.0f} s here")  # fmt: skip
     chosen, twice = choice(total, measure), choice(2 * total)
     expected = _expectation(chosen, twice, text, total, len(data.val))
-    progress.say(f"plan: {describe_budget(chosen.model, expected)}")
+    reporter.say(f"plan: {describe_budget(chosen.model, expected)}")
     return _shape_of(chosen.model) | chosen.train | given, expected
 
 
