@@ -10,6 +10,7 @@ from test_trace import FAMILIES, some_tokens
 
 from conftest import tiny_config, tiny_model
 from glassgpt.errors import UserError
+from glassgpt.interpret.activations import stream_names
 from glassgpt.interpret.lens import (
     attribution,
     combine,
@@ -17,7 +18,6 @@ from glassgpt.interpret.lens import (
     logit_lens,
     patch_map,
     patched,
-    stream_names,
     without,
 )
 from glassgpt.interpret.trace import record

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import math
 import random
 from dataclasses import replace
@@ -15,6 +16,8 @@ from conftest import tiny_config, tiny_model
 from glassgpt.cache import KVCache
 from glassgpt.config import ModelConfig
 from glassgpt.errors import UserError
+from glassgpt.interpret import activations
+from glassgpt.interpret.activations import ACTIVATIONS, sizes, split_name, symbols_of
 from glassgpt.interpret.trace import record, record_attention, shapes_of, source
 from glassgpt.model import GPT, attention, attention_by_hand
 
@@ -232,6 +235,33 @@ def test_operations_point_to_the_lines_of_model_py() -> None:
                 assert "self.qkv(x)" in text
             if op.name == "linear mlp.down":
                 assert "self.down(hidden)" in text
+
+
+def test_the_table_of_activations_names_functions_and_lines_of_model_py() -> None:
+    assert doctest.testmod(activations).failed == 0
+    code, found = source().splitlines(), set()
+    for fields in FAMILIES.values():
+        config = tiny_config(**fields)
+        table = symbols_of(config)
+        letters = sizes(config, 5, batch=2)
+        trace = record(tiny_model(config), some_tokens(config, n=5), loss=True)
+        assert trace.activations.keys() <= table.keys()
+        for name, symbols in table.items():
+            value = trace.tensor(name)
+            shape = [letters[letter] for letter in symbols]
+            batch = [] if name == "position_embedding" else [2]
+            assert list(value.shape) == batch + shape, name
+        for operation in trace.operations:
+            row = ACTIVATIONS.get(split_name(operation.activation or "")[1])
+            if row is None or operation.lines == (0, 0):
+                continue
+            text = "\n".join(code[operation.lines[0] - 1 : operation.lines[1]])
+            if row.name == "mlp_hidden" and operation.name == "gelu" and row.line not in text:
+                assert "approximate" in text  # OpenAI's GELU
+            elif not (row.name in "qkv" and operation.name == "split"):
+                assert row.line in text, (row, text)
+            found.add(row.name)
+    assert ACTIVATIONS.keys() - found == {"loss", "resid_pre", "q_plain", "k_plain"}
 
 
 def test_a_large_config_without_weights() -> None:

@@ -24,6 +24,7 @@ from glassgpt.data.glance import look_at
 from glassgpt.errors import UserError
 from glassgpt.interpret import figures as plot_inside
 from glassgpt.interpret import lens
+from glassgpt.interpret.activations import KEPT
 from glassgpt.interpret.trace import Trace, record, shapes_of
 from glassgpt.options import resolve_options, split_options
 from glassgpt.reporting.canvas import check_target
@@ -31,8 +32,6 @@ from glassgpt.reporting.terminal import aligned
 from glassgpt.tokenizers.tokenizer import begin_of_text, unknown_note
 
 Show = Literal["operations", "lens", "attribution", "loss", "patch"]
-_KEPT = ("token_embedding", "position_embedding", "resid_pre", "resid_post", "head_out", "mlp_out",
-         "logits", "loss")  # of a long text, scores and patterns would be gigabytes  # fmt: skip
 _SHOWN = 5  # tokens of a distribution
 _PARTS = 20  # of an attribution
 _MOST_TEXTS = 1 << 20  # side by side
@@ -140,7 +139,7 @@ class _Looked:
 
     @cached_property
     def trace(self) -> Trace:
-        return record(self.model, self.tokens, edits=self.edits, loss=True, keep=_KEPT)
+        return record(self.model, self.tokens, edits=self.edits, loss=True, keep=KEPT)
 
     # -- what to say -----------------------------------------------------------------------------
 

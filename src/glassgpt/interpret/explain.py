@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import torch
 
-from glassgpt.interpret.lens import stream_names
+from glassgpt.interpret.activations import stream_names
 from glassgpt.model import GPT
 
 SHOWN = 8  # terms

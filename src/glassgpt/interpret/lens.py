@@ -20,6 +20,7 @@ import torch
 
 from glassgpt.config import ModelConfig
 from glassgpt.errors import UserError
+from glassgpt.interpret.activations import stream_names
 from glassgpt.interpret.trace import Edit, Trace, record
 from glassgpt.model import GPT
 
@@ -27,11 +28,6 @@ Fill = Literal["zero", "mean"]
 
 
 # -- the logit lens ------------------------------------------------------------------------------
-
-
-def stream_names(config: ModelConfig) -> list[str]:
-    """The residual stream before the first block and after each: L + 1 names of activations."""
-    return ["blocks.0.resid_pre", *(f"blocks.{i}.resid_post" for i in range(config.n_layer))]
 
 
 @torch.no_grad()

@@ -29,38 +29,24 @@ import glassgpt.model as architecture
 from glassgpt.cache import Cache, KVCache
 from glassgpt.config import ModelConfig
 from glassgpt.errors import UserError, nearest
+from glassgpt.interpret.activations import ACTIVATIONS, sizes
 from glassgpt.interpret.trace_table import table
 from glassgpt.model import GPT, attention_by_hand
 
 Edit = Callable[[torch.Tensor], torch.Tensor]
 Shape = tuple[int, ...]
 
-# What an operation gives is known by the weights it uses, or by where it stands: the function in
-# model.py, torch's name, and the how many-th of its kind since the last weights.
 _BY_WEIGHTS = {
-    "token_embedding": "token_embedding", "position_embedding": "position_embedding",
-    "attn_norm": "attn_in", "attn.qkv": "qkv", "attn.q_norm": "q_normed", "attn.k_norm": "k_normed",
-    "attn.out": "attn_out", "mlp_norm": "mlp_in", "mlp.gate": "mlp_gate", "mlp.up": "mlp_up",
-    "mlp.down": "mlp_out", "final_norm": "final", "head": "logits",
-}  # fmt: skip
-_BY_PLACE = {
-    ("GPT.hidden", "dropout", 0): "resid_pre",
-    ("rotate", "add", 0): "q",
-    ("rotate", "add", 1): "k",
-    ("attention_by_hand", "matmul", 0): "raw_scores",
-    ("attention_by_hand", "div", 0): "scores",
-    ("attention_by_hand", "masked_fill", 0): "masked_scores",
-    ("attention_by_hand", "softmax", 0): "pattern",
-    ("attention_by_hand", "matmul", 1): "head_out",
-    ("MLP.forward", "relu", 0): "mlp_hidden",
-    ("<lambda>", "gelu", 0): "mlp_hidden",
-    ("MLP.forward", "gelu", 0): "mlp_hidden",
-    ("MLP.forward", "mul", 0): "mlp_hidden",
-    ("Block.forward", "add", 0): "resid_mid",
-    ("Block.forward", "add", 1): "resid_post",
-    ("_losses", "cross_entropy", 0): "loss",
-    ("_in_bands", "cat", 0): "head_out",
+    row.operation[1:]: name for name, row in ACTIVATIONS.items() if row.operation.startswith("@")
 }
+_BY_PLACE = {  # function, torch's operation, and how many of its kind came before
+    (row.function, operation, int(row.operation.split()[1])): name
+    for name, row in ACTIVATIONS.items()
+    if not row.operation.startswith(("@", "split"))
+    for operation in row.operation.split()[0].split("|")
+}
+_BY_PLACE["<lambda>", "gelu", 0] = "mlp_hidden"  # OpenAI's GELU stands outside of MLP.forward
+_BY_PLACE["_in_bands", "cat", 0] = "head_out"  # all bands together
 # Operations that only look at a tensor, or change nothing in evaluation.
 _SILENT = {"size", "__get__", "tensor", "dim", "to", "detach", "dropout"}
 _PRODUCTS = {"linear", "matmul"}
@@ -157,7 +143,7 @@ def record(
     with torch.no_grad(), _by_hand(model, bands), _caught_rotation(model) as rotation, watcher:
         logits = model(tokens, cache=cache, positions=positions)
         if loss and tokens.size(1) > 1:
-            _losses(logits, tokens)
+            token_losses(logits, tokens)
     if unused := sorted(set(watcher.edits) - watcher.seen):
         names = sorted(watcher.seen)
         raise UserError(f"no activation {unused[0]!r} in this model.{nearest(unused[0], names)}")
@@ -240,7 +226,7 @@ def _caught_rotation(model: GPT):
         hook.remove()
 
 
-def _losses(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+def token_losses(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """Of every token but the first, given those before: (B, T, V), (B, T) -> (B, T - 1)."""
     return F.cross_entropy(logits[:, :-1].transpose(1, 2), tokens[:, 1:], reduction="none")
 
@@ -386,7 +372,7 @@ def _place(frame: FrameType | None) -> tuple[str, int, int] | None:
         if code.co_filename == here:
             function = code.co_qualname.removesuffix(".<locals>.<genexpr>")
             return function, *_statements()[frame.f_lineno]
-        if code in (_losses.__code__, _in_bands.__code__):
+        if code in (token_losses.__code__, _in_bands.__code__):
             return code.co_name, 0, 0
         if code.co_filename.startswith(package):
             return None  # the cache's affairs, or an edit
@@ -451,15 +437,9 @@ def _probe(config: ModelConfig, loss: bool) -> list[Operation]:
     V, n_hidden = 1009, 499
     odd = replace(config, vocab_size=V, context_length=cached + T + 4, n_head=H, n_kv_head=K,
                   n_embd=C, head_dim=D, n_hidden=n_hidden, rope_scaling=None)  # fmt: skip
-    meaning = {3: "B", T: "T", T - 1: "T-1", cached + T: "S", C: "C", H: "H", K: "K", D: "D",
-               n_hidden: "F", V: "V", D // 2: "D/2", 1: "1",
-               odd.context_length: "context"}  # fmt: skip
-    if K == H:
-        meaning |= {H: "H", 3 * H: "3H", 3 * H * D: "3C" if gpt2 else "3HD"}
-    else:
-        meaning |= {H + 2 * K: "H+2K", (H + 2 * K) * D: "(H+2K)D"}
-    if not gpt2:
-        meaning[H * D] = "HD"
+    meaning: dict[int, str] = {}
+    for symbol, size in sizes(odd, T, batch=3, cached=cached).items():
+        meaning.setdefault(size, symbol)  # the first name of a size that has two, as H and K
     with torch.device("meta"):
         model = GPT(odd).to("meta").eval()
         cache = KVCache(odd, batch=3, device="meta")
@@ -469,7 +449,7 @@ def _probe(config: ModelConfig, loss: bool) -> list[Operation]:
         with torch.no_grad(), _by_hand(model), watcher:
             logits = model(tokens, cache=cache)
             if loss:
-                _losses(logits, tokens)
+                token_losses(logits, tokens)
 
     def letters(shape: Shape) -> tuple[str, ...]:
         return tuple(meaning[n] for n in shape)
