@@ -232,7 +232,7 @@ def by_transformers(run: Path, questions: list[str]) -> list[str]:
 # -- memory --------------------------------------------------------------------------------------
 
 PEAK = """import sys
-from glassgpt.cli import main
+from glassgpt.cli.app import main
 from glassgpt.system import peak_memory
 main(sys.argv[1:])
 print("peak", peak_memory())

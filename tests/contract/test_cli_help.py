@@ -25,7 +25,7 @@ def help_of(*verb: str) -> str:
 
 
 def docstring_of(verb: str) -> str:
-    return inspect.getdoc(getattr(importlib.import_module(module_of(verb)), verb)) or ""
+    return inspect.getdoc(getattr(importlib.import_module(module_of(verb)), f"{verb}_verb")) or ""
 
 
 def test_summaries_are_the_first_lines_of_the_docstrings() -> None:
@@ -35,13 +35,13 @@ def test_summaries_are_the_first_lines_of_the_docstrings() -> None:
 
 
 def test_every_verb_is_offered() -> None:
-    """The functions of the files in verbs/, but for the helpers."""
-    public = []
+    """Every function of the command line that is named for a verb."""
+    functions = []
     for file in Path(importlib.import_module("glassgpt.cli").__file__ or "").parent.glob("*.py"):
         tree = ast.parse(file.read_text())
-        public += [f.name for f in tree.body if isinstance(f, ast.FunctionDef)
-                   and not f.name.startswith("_") and f.name != "read_prompt"]  # fmt: skip
-    assert sorted(VERBS) == sorted(public)
+        functions += [f.name for f in tree.body if isinstance(f, ast.FunctionDef)]
+    verbs = [name for name in functions if name.endswith("_verb")]
+    assert sorted(f"{verb}_verb" for verb in VERBS) == sorted(verbs)
 
 
 def test_help_lists_every_verb_with_its_summary() -> None:

@@ -29,7 +29,7 @@ def python(
     """`glassgpt` after a line of Python, which also says at the end whether torch was imported."""
     script += """
 import sys
-from glassgpt.cli import main
+from glassgpt.cli.app import main
 try:
     main(sys.argv[1:])
 finally:

@@ -53,7 +53,7 @@ def make_app(arguments: list[str]) -> App:
     )
     for position, (verb, summary) in enumerate(VERBS.items()):
         own_help = verb in arguments[:1]  # its docstring says more than the summary
-        app.command(f"{module_of(verb)}:{verb}", name=verb, sort_key=position,
+        app.command(f"{module_of(verb)}:{verb}_verb", name=verb, sort_key=position,
                     help=None if own_help else summary)  # fmt: skip
     return app
 

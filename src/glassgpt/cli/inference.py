@@ -29,7 +29,7 @@ Threads = Annotated[int | None, Parameter(help="Of the CPU, for numba and torch;
                                                "[all cores].")]  # fmt: skip
 
 
-def sample(
+def sample_verb(
     run: str,
     /,
     *,
@@ -92,7 +92,7 @@ def sample(
     print_samples(model, chosen, opening, how, show_prompt=not completion_only)
 
 
-def chat(
+def chat_verb(
     run: str,
     /,
     *,
@@ -137,7 +137,7 @@ def chat(
     talk(session)
 
 
-def eval(
+def eval_verb(
     run: str,
     text: Annotated[str, Parameter(allow_leading_hyphen=True)],
     /,
@@ -195,7 +195,7 @@ def eval(
     print(table(found))
 
 
-def export(
+def export_verb(
     run: str,
     /,
     *,
@@ -242,7 +242,7 @@ def export(
           f"{done.difference:.2g}" + (f" · {done.note}" if done.note else ""))  # fmt: skip
 
 
-def bench(
+def bench_verb(
     what: Literal["decode", "train"],
     run: str | None = None,
     /,

@@ -10,7 +10,7 @@ from glassgpt.cli.arguments import LIST, TrainOptions
 from glassgpt.cli.inference import Device, read_prompt
 
 
-def plot(
+def plot_verb(
     runs: Annotated[list[str], Parameter(negative_iterable=())],
     /,
     *,
@@ -82,7 +82,7 @@ def plot(
         print(line)
 
 
-def trace(
+def trace_verb(
     run: str | None = None,
     text: Annotated[str, Parameter(allow_leading_hyphen=True)] = "",
     /,
@@ -186,7 +186,7 @@ def trace(
         print(line)
 
 
-def explore(
+def explore_verb(
     run: str,
     /,
     *,

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from glassgpt.training.loop import TrainResult
 
 
-def demo(*, out: str | None = None) -> None:
+def demo_verb(*, out: str | None = None) -> None:
     """Train a small GPT on real text for about a minute and see what it has learned.
 
     Uses Shakespeare if it can be had within seconds, otherwise the reference manual that every
@@ -34,7 +34,7 @@ def demo(*, out: str | None = None) -> None:
     _exit_status(run(Terminal(), out))
 
 
-def prepare(
+def prepare_verb(
     sources: Annotated[list[str], Parameter(negative_iterable=())],
     /,
     *,
@@ -83,7 +83,7 @@ def prepare(
     print(describe(report, out))
 
 
-def train(
+def train_verb(
     data: Annotated[list[str] | None, Parameter(negative_iterable=())] = None,
     /,
     *,
@@ -145,7 +145,7 @@ def train(
         _say_what_next(terminal, result)
 
 
-def finetune(
+def finetune_verb(
     base: str | None = None,
     data: Annotated[list[str] | None, Parameter(negative_iterable=())] = None,
     /,
@@ -220,7 +220,7 @@ def _say_what_next(terminal: Reporter, result: TrainResult) -> None:
     terminal.say(f"next: {program()} {result.try_next.format(run=shown)}")
 
 
-def plan(
+def plan_verb(
     data: Annotated[list[str] | None, Parameter(negative_iterable=())] = None,
     /,
     *,
