@@ -89,7 +89,7 @@ def attention(
     dropout: float = 0.0,
     mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Compute `attention_by_hand` with torch's fused kernel, which never stores the (T, S) scores."""
+    """`attention_by_hand` by torch's fused kernel, which never stores the (T, S) scores."""
     T, S = q.size(-2), k.size(-2)
     if mask is None and 1 < T < S:  # after a cached prefix; "is_causal" would align top-left
         mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(diagonal=S - T)
