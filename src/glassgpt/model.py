@@ -235,7 +235,7 @@ class GPT(nn.Module):
         """Every matrix N(0, 0.02), as GPT-2; biases 0; norms 1.
 
         The 2L matrices that write to the residual stream start smaller by sqrt(2L), so that the
-        variance of the stream at the last block does not grow with depth (GPT-2 paper, section 2.3).
+        variance of the stream does not grow with depth (GPT-2 paper, section 2.3).
         """
         for name, parameter in self.named_parameters():
             if parameter.dim() < 2:
