@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from glassgpt.cli.app import VERBS, module_of
+from glassgpt.cli.app import GROUPS, VERBS, module_of
 from glassgpt.options import option_types, preset_names
 
 
@@ -24,8 +24,14 @@ def help_of(*verb: str) -> str:
     return result.stdout
 
 
-def docstring_of(verb: str) -> str:
-    return inspect.getdoc(getattr(importlib.import_module(module_of(verb)), f"{verb}_verb")) or ""
+def commands() -> list[tuple[str, ...]]:
+    """Every verb, and every verb with each of its sub-commands."""
+    return [(verb,) for verb in VERBS] + [(v, view) for v in GROUPS for view in GROUPS[v]]
+
+
+def docstring_of(*words: str) -> str:
+    module = importlib.import_module(module_of(words[0]))
+    return inspect.getdoc(getattr(module, f"{'_'.join(words)}_verb")) or ""
 
 
 def test_summaries_are_the_first_lines_of_the_docstrings() -> None:
@@ -41,7 +47,7 @@ def test_every_verb_is_offered() -> None:
         tree = ast.parse(file.read_text())
         functions += [f.name for f in tree.body if isinstance(f, ast.FunctionDef)]
     verbs = [name for name in functions if name.endswith("_verb")]
-    assert sorted(f"{verb}_verb" for verb in VERBS) == sorted(verbs)
+    assert sorted(f"{'_'.join(words)}_verb" for words in commands()) == sorted(verbs)
 
 
 def test_help_lists_every_verb_with_its_summary() -> None:
@@ -50,13 +56,20 @@ def test_help_lists_every_verb_with_its_summary() -> None:
         assert f"{verb} {summary}"[:60] in text
 
 
-@pytest.mark.parametrize("verb", list(VERBS))
-def test_the_help_of_a_verb_holds_its_docstring(verb: str) -> None:
+@pytest.mark.parametrize("words", commands(), ids=" ".join)
+def test_the_help_of_a_verb_holds_its_docstring(words: tuple[str, ...]) -> None:
+    text = " ".join(help_of(*words).split())
+    docstring = docstring_of(*words).split("Parameters\n")[0]
+    found = re.findall(r"[A-Za-z]{4,}", docstring)
+    assert len(found) > 10
+    assert [word for word in found if word not in text] == []
+
+
+@pytest.mark.parametrize("verb", list(GROUPS))
+def test_the_help_of_a_verb_lists_its_sub_commands(verb: str) -> None:
     text = " ".join(help_of(verb).split())
-    docstring = docstring_of(verb).split("Parameters\n")[0]
-    words = re.findall(r"[A-Za-z]{4,}", docstring)
-    assert len(words) > 10
-    assert [word for word in words if word not in text] == []
+    for view in GROUPS[verb]:
+        assert f"{view} {docstring_of(verb, view)}"[:40] in text
 
 
 def test_train_offers_every_option() -> None:
@@ -72,6 +85,6 @@ def test_the_help_lists_every_preset() -> None:
 
 
 def test_presets_that_the_help_uses_exist() -> None:
-    for verb in VERBS:
-        for name in re.findall(r"--preset ([a-z0-9-]+)", docstring_of(verb)):
+    for words in commands():
+        for name in re.findall(r"--preset ([a-z0-9-]+)", docstring_of(*words)):
             assert name in preset_names()

@@ -26,7 +26,7 @@ from safetensors.numpy import load_file
 
 GOLDEN = Path(__file__).parent / "modern"
 VERBS = "demo prepare train finetune plan sample chat eval plot trace export explore bench"
-GROUPS = {"bench": ["decode", "train"]}
+GROUPS = {"bench": ["decode", "train"], "trace": ["ops", "lens", "attribution", "loss", "patch"]}
 COMMON = (
     "--max-steps 40 --eval-interval 10 --log-interval 1 --batch-tokens 512 --seed 3 --threads 2"
 )
@@ -103,7 +103,7 @@ def texts(work: Path) -> dict[str, str]:
             f"sample {GOLDEN} --max-new-tokens 60 --weights {weights} --temperature 0 --prompt"
         )
         found[f"text {weights}"] = run(command, "The ")
-    found["text trace"] = run(f"trace {GOLDEN}", "The ")
+    found["text trace"] = run(f"trace ops {GOLDEN}", "The ")
     return found
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from glassgpt.cli.figures import KINDS, differences, kind_of, label_of, short_names
-from glassgpt.interpret import figures as plot_inside
+from glassgpt.cli.figures import KINDS, differences, label_of, short_names, token_kind
+from glassgpt.interpret import figures
 from glassgpt.tokenizers.tokenizer import CharTokenizer, byte_tokenizer, train_bpe
 
 
@@ -45,7 +45,7 @@ def test_attention_names_tokens_axes_layers_and_heads(tmp_path: Path) -> None:
     patterns = np.tril(rng.random((2, 3, 5, 5), dtype=np.float32))
     patterns /= patterns.sum(axis=-1, keepdims=True)
     tokens = ["The", "␣cat", "$x$", "好", "⏎"]
-    plot_inside.attention(tmp_path / "a.svg", patterns, tokens, layers=[4, 7], title="my_model")
+    figures.draw_attention(tmp_path / "a.svg", patterns, tokens, layers=[4, 7], title="my_model")
     shown = svg_texts(tmp_path / "a.svg")
     assert sorted(name for name in shown if name.startswith(("head", "layer"))) == [
         "head 0", "head 1", "head 2", "layer 4", "layer 7",
@@ -60,7 +60,7 @@ def test_attention_names_tokens_axes_layers_and_heads(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("L", "H", "T"), [(1, 1, 1), (1, 1, 10), (12, 12, 40), (1, 1, 128)])
 def test_pictures_of_any_number_of_heads(tmp_path: Path, L: int, H: int, T: int) -> None:
     patterns = np.tril(np.full((L, H, T, T), 0.5, dtype=np.float32))
-    plot_inside.attention(tmp_path / "a.png", patterns, ["a"] * T, title="x")
+    figures.draw_attention(tmp_path / "a.png", patterns, ["a"] * T, title="x")
     header = (tmp_path / "a.png").read_bytes()[:24]
     assert all(300 < int.from_bytes(header[at : at + 4]) < 2500 for at in (16, 20))  # pixels
 
@@ -71,23 +71,23 @@ def test_pictures_of_any_number_of_heads(tmp_path: Path, L: int, H: int, T: int)
 def test_principal_components() -> None:
     rng = np.random.default_rng(1)
     table = rng.normal(size=(50, 3)) * [1, 10, 0.1] + 5
-    points, shares = plot_inside.principal_components(table)
+    points, shares = figures.principal_components(table)
     assert shares[0] > 0.95
     assert 0.99 < shares.sum() <= 1
     assert abs(np.corrcoef(points[:, 0], table[:, 1])[0, 1]) > 0.999
     np.testing.assert_allclose(points.mean(axis=0), 0, atol=1e-9)
-    again, _ = plot_inside.principal_components(-table)
+    again, _ = figures.principal_components(-table)
     np.testing.assert_allclose(again, -points)  # the direction itself doesn't flip
 
 
 @pytest.mark.parametrize(("V", "C"), [(1, 4), (2, 1), (300, 1), (5, 2)])
 def test_tables_that_have_hardly_a_plane(tmp_path: Path, V: int, C: int) -> None:
     table = np.arange(V * C, dtype=np.float32).reshape(V, C) % 7
-    points, shares = plot_inside.principal_components(table)
+    points, shares = figures.principal_components(table)
     assert points.shape == (V, 2)
     assert all(map(math.isfinite, shares))
     kinds = list(KINDS)
-    plot_inside.embedding(tmp_path / "e.png", table, ["a"] * V, [kinds[0]] * V, KINDS, title="x")
+    figures.draw_embedding(tmp_path / "e.png", table, ["a"] * V, [kinds[0]] * V, KINDS, title="x")
 
 
 def test_every_character_has_its_label(tmp_path: Path) -> None:
@@ -97,7 +97,7 @@ def test_every_character_has_its_label(tmp_path: Path) -> None:
     labels = [f"t{i}" for i in range(104)]
     kinds = [list(KINDS)[i % len(KINDS)] for i in range(104)]
     positions = rng.normal(size=(16, 8))
-    plot_inside.embedding(tmp_path / "e.svg", np.tanh(table), labels, kinds, KINDS,
+    figures.draw_embedding(tmp_path / "e.svg", np.tanh(table), labels, kinds, KINDS,
                           positions=positions, title="x")  # fmt: skip
     shown = svg_texts(tmp_path / "e.svg")
     assert set(labels) <= set(shown)
@@ -111,7 +111,7 @@ def test_every_character_has_its_label(tmp_path: Path) -> None:
 
 def test_labels_and_kinds_of_tokens() -> None:
     chars = CharTokenizer.from_characters("aB7 \n.\t\r\x00好ß")
-    found = {label_of(chars, i): kind_of(chars, i) for i in range(chars.vocab_size)}
+    found = {label_of(chars, i): token_kind(chars, i) for i in range(chars.vocab_size)}
     assert found == {
         "\\u0000": "part of a character, control", "⇥": "blank, line end, special",
         "⏎": "blank, line end, special", "\\r": "blank, line end, special",
@@ -121,8 +121,8 @@ def test_labels_and_kinds_of_tokens() -> None:
     }  # fmt: skip
     bytewise = byte_tokenizer()
     assert label_of(bytewise, 0xE5) == "\\xe5"
-    assert kind_of(bytewise, 0xE5) == "part of a character, control"
-    assert kind_of(bytewise, bytewise.vocab_size - 1) == "blank, line end, special"
+    assert token_kind(bytewise, 0xE5) == "part of a character, control"
+    assert token_kind(bytewise, bytewise.vocab_size - 1) == "blank, line end, special"
     bpe = train_bpe(["the cat the cat " * 20], 270)
     labels = [label_of(bpe, i) for i in range(bpe.vocab_size)]
     assert "␣cat" in labels

@@ -6,6 +6,7 @@ signatures and help stand in the other modules of this room.
 
 from __future__ import annotations
 
+import importlib
 import io
 import os
 import sys
@@ -30,6 +31,7 @@ VERBS = {
     "explore": "See inside a model in the browser: every number, and where it comes from.",
     "bench": "Measure how fast a model generates or trains here, and where the time goes.",
 }
+GROUPS = {"trace": ("ops", "lens", "attribution", "loss", "patch")}  # verbs with sub-commands
 _LEARN = {"demo", "prepare", "train", "finetune", "plan"}  # in cli/training.py
 _SEE = {"plot", "trace", "explore"}  # in cli/inspection.py; the rest in cli/inference.py
 
@@ -53,8 +55,16 @@ def make_app(arguments: list[str]) -> App:
     )
     for position, (verb, summary) in enumerate(VERBS.items()):
         own_help = verb in arguments[:1]  # its docstring says more than the summary
-        app.command(f"{module_of(verb)}:{verb}_verb", name=verb, sort_key=position,
-                    help=None if own_help else summary)  # fmt: skip
+        if own_help and verb in GROUPS:
+            module = importlib.import_module(module_of(verb))
+            group = App(name=verb, sort_key=position)
+            group.default(getattr(module, f"{verb}_verb"))
+            for order, view in enumerate(GROUPS[verb]):
+                group.command(getattr(module, f"{verb}_{view}_verb"), name=view, sort_key=order)
+            app.command(group)
+            continue
+        function = f"{module_of(verb)}:{verb}_verb"
+        app.command(function, name=verb, sort_key=position, help=None if own_help else summary)
     return app
 
 

@@ -8,6 +8,8 @@ library that parses arguments.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, TypedDict, get_type_hints
 
 from cyclopts import Group, Parameter
@@ -20,6 +22,7 @@ from glassgpt.config import (
     Sampling,
     TrainConfig,
 )
+from glassgpt.interpret.activations import Fill
 from glassgpt.options import names_of, option_types
 
 LIST = Parameter(consume_multiple=True, negative_iterable=())  # --weights float32 int8
@@ -67,3 +70,60 @@ SampleOptions = _options("SampleOptions", _hints(Sampling))
 _chat_hints = _hints(Sampling, temperature=CHAT_TEMPERATURE)
 del _chat_hints["num_samples"]
 ChatOptions = _options("ChatOptions", _chat_hints)
+
+
+# -- what the views of `trace` share ---------------------------------------------------------------
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class Removal:
+    """Parts of a model that are switched off before it reads."""
+
+    off: Annotated[
+        tuple[str, ...],
+        LIST,
+        Parameter(
+            help="Parts to switch off: 3 is a block, 3.attn and 3.mlp its halves, 3.h2 a head."
+        ),
+    ] = ()
+    fill: Annotated[
+        Fill, Parameter(help="What takes their place: zero, or the mean over all positions.")
+    ] = "zero"
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class Changes(Removal):
+    """Parts of a model that are switched off, or taken from the pass over another text."""
+
+    patch_from: Annotated[
+        str | None,
+        Parameter(
+            help="Another text, of as many tokens; @FILE and - as for TEXT.",
+            allow_leading_hyphen=True,
+        ),
+    ] = None
+    parts: Annotated[
+        tuple[str, ...],
+        LIST,
+        Parameter(help="What to take from it: parts, or activations such as blocks.3.resid_mid."),
+    ] = ()
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class FigureFile:
+    """Where to draw what a view says."""
+
+    out: Annotated[str | None, Parameter(help="Figure to draw: .png, .svg or .html.")] = None
+    overwrite: Annotated[bool, Parameter(help="Replace OUT if it exists.")] = False
+
+    def target(self) -> Path | None:
+        """The file; raises `UserError` for one that no figure can be written to."""
+        if self.out is None:
+            return None
+        from glassgpt.reporting.canvas import check_target
+
+        check_target(Path(self.out), self.overwrite)
+        return Path(self.out)

@@ -24,7 +24,7 @@ from glassgpt.checkpoints.load import load_pretrained
 from glassgpt.checkpoints.run_directory import find_model, read_json
 from glassgpt.config import DataConfig
 from glassgpt.errors import UserError, explain_os_errors, first_of
-from glassgpt.interpret import figures as plot_inside
+from glassgpt.interpret.figures import draw_attention, draw_embedding
 from glassgpt.reporting.canvas import COLOURS, check_target, font_note, shortened
 from glassgpt.reporting.loss_curves import Curve, X, loss_curves
 from glassgpt.reporting.run_log import read_metrics
@@ -41,14 +41,18 @@ _NOT_COMPARED = {"out", "data", "threads", "tensorboard", "wandb", "max_steps", 
 _MAX_DIFFERENCES = 3  # options in the label of a run
 
 
-def draw(
+def draw_figure(
     runs: Sequence[str],
     out: str | None = None,
     *,
     embedding: bool = False,
     attention: str | None = None,
+    x: X | None = None,
+    log_x: bool = False,
+    log_y: bool = False,
+    layer: int | None = None,
+    head: int | None = None,
     overwrite: bool = False,
-    **options: Any,
 ) -> list[str]:
     """What `glassgpt plot` does: one figure, of losses unless another is asked for; returns lines
     that say what it is. Raises `UserError`, before anything is drawn, for what doesn't go
@@ -58,24 +62,23 @@ def draw(
         raise UserError("--embedding and --attention are two figures; ask for one at a time")
     if what != "loss" and len(runs) > 1:
         raise UserError(f"--{what} draws one model, not {len(runs)}; name one RUN")
-    for name in options:
-        if name not in _OPTIONS[what]:
-            asked = f"--{what}" if what != "loss" else "a figure of losses"
-            raise UserError(f"--{name.replace('_', '-')} does not go with {asked}")
+    of_losses = {"x": x is not None, "log-x": log_x, "log-y": log_y}
+    of_attention = {"layer": layer is not None, "head": head is not None}
+    foreign = (of_losses if what != "loss" else {}) | (of_attention if what != "attention" else {})
+    for name in (name for name, given in foreign.items() if given):
+        asked = f"--{what}" if what != "loss" else "a figure of losses"
+        raise UserError(f"--{name} does not go with {asked}")
     several = len({Path(run).resolve() for run in runs}) > 1
     name = "loss-compare" if several else f"{_title(runs[0])}-{what}"
     target = Path(out) if out else Path(re.sub(r"[^\w.-]+", "-", name) + ".png")
     check_target(target, overwrite)
     if what == "loss":
-        lines = plot_losses(runs, target, **options)
+        lines = plot_losses(runs, target, x=x or "step", log_x=log_x, log_y=log_y)
     elif attention is None:
         lines = plot_embedding(runs[0], target)
     else:
-        lines = plot_attention(runs[0], attention, target, **options)
+        lines = plot_attention(runs[0], attention, target, layer=layer, head=head)
     return [*lines, f"{target} written"]
-
-
-_OPTIONS = {"loss": ("x", "log_x", "log_y"), "attention": ("layer", "head"), "embedding": ()}
 
 
 # -- losses --------------------------------------------------------------------------------------
@@ -226,11 +229,11 @@ def plot_embedding(run: str, target: Path) -> list[str]:
     positions = None
     if checkpoint.config.position == "learned":
         positions = _finite(weights["position_embedding.weight"], run)
-    kinds = [kind_of(tokenizer, token) for token in range(V)]
+    kinds = [token_kind(tokenizer, token) for token in range(V)]
     # Labels are given in this order while there is room: whole characters before odd bytes.
     order = sorted(range(V), key=lambda token: (kinds[token] == _ODD, token))
     labels = [label_of(tokenizer, token) for token in order]
-    plot_inside.embedding(target, table[order], labels, [kinds[token] for token in order], KINDS,
+    draw_embedding(target, table[order], labels, [kinds[token] for token in order], KINDS,
                           positions=positions, title=_title(run))  # fmt: skip
     what = f"{V:,} tokens" + ("" if positions is None else f", {len(positions):,} positions")
     note = font_note(labels, target)
@@ -270,7 +273,7 @@ def plot_attention(
     labels = [label_of(tokenizer, token) for token in tokens]
     if note := font_note(labels, target):
         notes.append(note)
-    plot_inside.attention(target, patterns, labels, layers=layers, heads=heads,
+    draw_attention(target, patterns, labels, layers=layers, heads=heads,
                           title=", ".join([_title(run), *chosen]))  # fmt: skip
     return [f"{len(layers)} layers x {len(heads)} heads, {len(tokens)} tokens", *notes]
 
@@ -316,7 +319,7 @@ def _visible(char: str) -> str:
     return char if char.isprintable() else f"\\u{ord(char):04x}"
 
 
-def kind_of(tokenizer: Tokenizer, token: int) -> str:
+def token_kind(tokenizer: Tokenizer, token: int) -> str:
     """Which of `KINDS` it is, by its first character that is no blank."""
     try:
         text = tokenizer.token_bytes(token).decode()

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
 
-from glassgpt.cli.arguments import LIST, TrainOptions
+from glassgpt.cli.arguments import Changes, FigureFile, Removal, TrainOptions
 from glassgpt.cli.inference import Device, read_prompt
+
+if TYPE_CHECKING:
+    from glassgpt.cli.trace_report import Reading
+
+Text = Annotated[str, Parameter(allow_leading_hyphen=True)]
+Token = Annotated[str | None, Parameter(allow_leading_hyphen=True)]
+_AS_IT_IS, _NOTHING_OFF, _NO_FIGURE = Changes(), Removal(), FigureFile()
 
 
 def plot_verb(
@@ -72,64 +80,96 @@ def plot_verb(
     overwrite:
         Replace OUT if it exists.
     """
-    from glassgpt.cli import figures
+    from glassgpt.cli.figures import draw_figure
 
-    options = dict(x=x, log_x=log_x, log_y=log_y, layer=layer, head=head)
-    text = None if attention is None else read_prompt(attention)
-    for line in figures.draw(runs, out, embedding=embedding, attention=text, overwrite=overwrite,
-                             **{name: value for name, value in options.items()
-                                if value is not None and value is not False}):  # fmt: skip
+    for line in draw_figure(
+        runs,
+        out,
+        embedding=embedding,
+        attention=None if attention is None else read_prompt(attention),
+        x=x,
+        log_x=log_x,
+        log_y=log_y,
+        layer=layer,
+        head=head,
+        overwrite=overwrite,
+    ):
         print(line)
 
 
+# -- trace -----------------------------------------------------------------------------------------
+
+
 def trace_verb(
+    *words: Annotated[str, Parameter(allow_leading_hyphen=True, show=False)],
+) -> None:
+    """Look into one forward pass: every operation with its shapes, and what it means.
+
+    Each view reads a text with a model: ops is the whole pass as a table; lens, what the model
+    would write, read from each layer; attribution, which part added how much to a token's logit;
+    loss, how surprised it is by each token; patch, which place of which layer makes the difference
+    between two texts.
+
+    Try these:
+
+    glassgpt trace ops runs/book "To be or not to be"
+
+    glassgpt trace lens gpt2 "The Eiffel Tower is in" --out lens.png
+
+    glassgpt trace patch --help
+    """
+    from glassgpt.errors import UserError
+
+    if not words:
+        raise UserError("say what to show: glassgpt trace ops, lens, attribution, loss or patch")
+    raise UserError(f"write: {_new_spelling(list(words))}")
+
+
+def _new_spelling(words: list[str]) -> str:
+    """The command that does what `glassgpt trace WORDS` did when --show chose the view."""
+    view, rest = "operations", []
+    while words:
+        word = words.pop(0)
+        if word == "--show" and words:
+            view = words.pop(0)
+        elif word.startswith("--show="):
+            view = word.removeprefix("--show=")
+        else:
+            rest.append(word)
+    quoted = (f'"{word}"' if " " in word or not word else word for word in rest)
+    return " ".join(["glassgpt trace", {"operations": "ops"}.get(view, view), *quoted])
+
+
+def trace_ops_verb(
     run: str | None = None,
-    text: Annotated[str, Parameter(allow_leading_hyphen=True)] = "",
+    text: Text = "",
     /,
     *,
-    show: Literal["operations", "lens", "attribution", "loss", "patch"] = "operations",
     layer: int | None = None,
     every: bool = False,
-    off: Annotated[list[str], LIST] = [],  # noqa: B006
-    fill: Literal["zero", "mean"] = "zero",
-    patch_from: Annotated[str | None, Parameter(allow_leading_hyphen=True)] = None,
-    parts: Annotated[list[str], LIST] = [],  # noqa: B006
-    token: Annotated[str | None, Parameter(allow_leading_hyphen=True)] = None,
-    out: str | None = None,
-    overwrite: bool = False,
+    changes: Changes = _AS_IT_IS,
     device: Device = "auto",
     preset: str | None = None,
     tokens: int | None = None,
     batch: int | None = None,
     options: Annotated[TrainOptions, Parameter(name="*")] = {},  # noqa: B006
 ) -> None:
-    """Look into one forward pass: every operation with its shapes, and what it means.
+    """Show a forward pass operation by operation: shapes, parameters, FLOPs, what numbers are like.
 
-    RUN is what `sample` takes, TEXT what the model reads. operations: the whole pass as a table,
-    operation by operation, shapes in letters (B batch, T tokens, S tokens seen, C width, H heads,
-    K key/value heads, D head width, F hidden width, V vocabulary) and in numbers, parameters,
-    FLOPs, and what the numbers are like. lens: what the model would write, read from each layer.
-    attribution: which part added how much to a token's logit. loss: how surprised it is by each
-    token. patch: which place of which layer makes the difference between two texts.
-
-    With --off, parts are switched off first, with --patch-from and --parts taken from another
-    text: 3 is a block, 3.attn and 3.mlp are its halves, 3.h2 is a head; --parts also takes names of
-    activations (blocks.3.resid_mid). What that changes is said. --out draws it as well.
+    Shapes stand in letters (B batch, T tokens, S tokens seen, C width, H heads, K key/value heads,
+    D head width, F hidden width, V vocabulary) and in numbers. With --off, parts are switched off
+    first, with --patch-from and --parts taken from another text; what that changes is said.
 
     Without RUN, the model is the one that `train` with these options (--preset, --n-layer ...)
     would make, and has no numbers yet: shapes, parameters and FLOPs.
 
     Examples:
 
-    glassgpt trace runs/book "To be or not to be"
+    glassgpt trace ops runs/book "To be or not to be"
 
-    glassgpt trace gpt2 "The Eiffel Tower is in" --show lens --out lens.png
+    glassgpt trace ops gpt2 "To be or not to be" --layer 11 --off 9.h9
 
-    glassgpt trace gpt2 "When Mary and John went home, John gave" --off 9.h9 9.h6 --show attribution
-
-    glassgpt trace gpt2 "Rome is in" --patch-from "Paris is in" --show patch --token " Italy"
-
-    glassgpt trace --preset gpt2-124m --tokens 1024
+    glassgpt trace ops --preset gpt2-124m --tokens 1024
 
     Parameters
     ----------
@@ -137,26 +177,10 @@ def trace_verb(
         Run directory, or the name of a model.
     text:
         What it reads; @FILE reads a file, - standard input.
-    show:
-        operations, lens, attribution, loss, patch.
     layer:
-        operations: of this block [0].
+        Show this block [0].
     every:
-        operations: of all blocks.
-    off:
-        Parts to switch off.
-    fill:
-        What takes their place: zero, or the mean over all positions of this text.
-    patch_from:
-        Another text, of as many tokens.
-    parts:
-        What to take from it.
-    token:
-        attribution, patch: of this token [the likeliest next one].
-    out:
-        Figure to draw: .png, .svg or .html.
-    overwrite:
-        Replace OUT if it exists.
+        Show all blocks.
     preset:
         Without RUN: a packaged recipe.
     tokens:
@@ -164,25 +188,169 @@ def trace_verb(
     batch:
         Without RUN: texts side by side [1].
     """
-    import glassgpt
-    from glassgpt.cli.trace_report import describe_preset, look
+    from glassgpt.cli.trace_report import describe_preset
     from glassgpt.errors import UserError
 
     if run is None:
-        if show != "operations" or off or patch_from or parts or token or out:
-            raise UserError("without a RUN there are no numbers to change, to show or to draw; "
-                            "name one, or give only --preset, --tokens, --batch, --layer and "
-                            "--every")  # fmt: skip
+        if changes != _AS_IT_IS:
+            raise UserError(
+                "without a RUN there are no numbers to change; name one, or give only "
+                "--preset, --tokens, --batch, --layer and --every"
+            )
         n_tokens, batch = (10 if tokens is None else tokens), (1 if batch is None else batch)
         print(describe_preset(preset, dict(options), n_tokens, batch, layer=layer, every=every))
         return
     if preset or options or tokens is not None or batch is not None:
-        raise UserError("a RUN has its shape, and TEXT its tokens; --preset, --tokens, --batch and "
-                        "options of training go without one")  # fmt: skip
-    for line in look(glassgpt.load(run, device=device), read_prompt(text), show=show, layer=layer,
-                     every=every, off=off, fill=fill, parts=parts, token=token, out=out,
-                     patch_from=None if patch_from is None else read_prompt(patch_from),
-                     overwrite=overwrite):  # fmt: skip
+        raise UserError(
+            "a RUN has its shape, and TEXT its tokens; --preset, --tokens, --batch and "
+            "options of training go without one"
+        )
+    _print(_reading(run, text, changes, device).operations(layer, every=every))
+
+
+def trace_lens_verb(
+    run: str,
+    text: Text = "",
+    /,
+    *,
+    changes: Changes = _AS_IT_IS,
+    figure: FigureFile = _NO_FIGURE,
+    device: Device = "auto",
+) -> None:
+    """Show what a model would write after the text if each layer were its last.
+
+    The head reads the residual stream before the first block and after every block (the logit
+    lens); the likeliest next tokens stand beside each. The figure shows this for every token.
+
+    Examples:
+
+    glassgpt trace lens runs/book "To be or not to be"
+
+    glassgpt trace lens gpt2 "The Eiffel Tower is in" --out lens.png
+
+    Parameters
+    ----------
+    run:
+        Run directory, or the name of a model.
+    text:
+        What it reads; @FILE reads a file, - standard input.
+    """
+    target = figure.target()
+    _print(_reading(run, text, changes, device).lens(target))
+
+
+def trace_attribution_verb(
+    run: str,
+    text: Text = "",
+    /,
+    *,
+    token: Token = None,
+    changes: Changes = _AS_IT_IS,
+    figure: FigureFile = _NO_FIGURE,
+    device: Device = "auto",
+) -> None:
+    """Show which part of a model added how much to the logit of a token after the text.
+
+    Parts are embeddings, heads (9.h6), MLPs (9.mlp) and biases; what they add is the whole logit
+    (direct logit attribution).
+
+    Examples:
+
+    glassgpt trace attribution runs/book "To be or not to be"
+
+    glassgpt trace attribution gpt2 "When Mary and John went home, John gave" --off 9.h9 9.h6
+
+    Parameters
+    ----------
+    run:
+        Run directory, or the name of a model.
+    text:
+        What it reads; @FILE reads a file, - standard input.
+    token:
+        Whose logit [the likeliest next token].
+    """
+    target = figure.target()
+    _print(_reading(run, text, changes, device).attribution(token, target))
+
+
+def trace_loss_verb(
+    run: str,
+    text: Text,
+    /,
+    *,
+    changes: Changes = _AS_IT_IS,
+    figure: FigureFile = _NO_FIGURE,
+    device: Device = "auto",
+) -> None:
+    """Show how surprised a model is by each token of the text: its loss in nats, and its rank.
+
+    Rank 1 is the token that the model held to be the likeliest.
+
+    Examples:
+
+    glassgpt trace loss runs/book "To be or not to be"
+
+    glassgpt trace loss gpt2 @article.txt --out loss.svg
+
+    Parameters
+    ----------
+    run:
+        Run directory, or the name of a model.
+    text:
+        What it reads; @FILE reads a file, - standard input.
+    """
+    target = figure.target()
+    _print(_reading(run, text, changes, device).loss(target))
+
+
+def trace_patch_verb(
+    run: str,
+    text: Text = "",
+    /,
+    *,
+    patch_from: Annotated[str, Parameter(allow_leading_hyphen=True)],
+    token: Token = None,
+    removal: Removal = _NOTHING_OFF,
+    figure: FigureFile = _NO_FIGURE,
+    device: Device = "auto",
+) -> None:
+    """Show which place of which layer makes the difference between two texts.
+
+    The model reads TEXT again and again; each time the residual stream after one block, at one
+    token, is the one of the other text (activation patching). What that adds to a token's logit
+    is said for every block and token.
+
+    Examples:
+
+    glassgpt trace patch gpt2 "Rome is in" --patch-from "Paris is in" --token " Italy"
+
+    Parameters
+    ----------
+    run:
+        Run directory, or the name of a model.
+    text:
+        What it reads; @FILE reads a file, - standard input.
+    patch_from:
+        Another text, of as many tokens; @FILE and - as for TEXT.
+    token:
+        Whose logit [the likeliest next token].
+    """
+    target, changes = figure.target(), Changes(removal.off, removal.fill)
+    _print(_reading(run, text, changes, device).patch(read_prompt(patch_from), token, target))
+
+
+def _reading(run: str, text: str, changes: Changes, device: str) -> Reading:
+    """The model that reads the text, parts of it changed."""
+    import glassgpt
+    from glassgpt.cli.trace_report import Reading
+
+    if changes.patch_from is not None:
+        changes = replace(changes, patch_from=read_prompt(changes.patch_from))
+    return Reading(glassgpt.load(run, device=device), read_prompt(text), changes)
+
+
+def _print(lines: list[str]) -> None:
+    for line in lines:
         print(line)
 
 

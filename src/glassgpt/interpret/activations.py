@@ -14,9 +14,11 @@ function, or adds an activation, changes the table. It knows no torch and no num
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from glassgpt.config import ModelConfig
 
+Fill = Literal["zero", "mean"]  # what takes the place of a part that is switched off
 LEGEND = {
     "B": "batch: texts side by side",
     "T": "tokens",

@@ -1,6 +1,6 @@
 """Pictures of what is inside a model: embeddings in two dimensions, attention, numbers by token.
 
-    attention(Path("attention.png"), patterns, ["The", "␣cat"], title="book")   # (L, H, T, T)
+    draw_attention(Path("attention.png"), patterns, ["The", "␣cat"], title="book")   # (L, H, T, T)
 
 Knows arrays and labels; neither models nor tokenizers.
 """
@@ -33,7 +33,7 @@ _FUTURE = "0.9"  # the grey of what no token may see
 
 
 @style()
-def embedding(
+def draw_embedding(
     target: Path,
     table: np.ndarray,
     labels: Sequence[str],
@@ -140,7 +140,7 @@ def _width(text: str, size: float) -> float:
 
 
 @style()
-def attention(
+def draw_attention(
     target: Path,
     patterns: np.ndarray,
     tokens: Sequence[str],
@@ -224,7 +224,7 @@ def _write_numbers(axes: Axes, pattern: np.ndarray) -> None:
 
 
 @style()
-def grid(
+def draw_grid(
     target: Path,
     values: np.ndarray,
     rows: Sequence[str],
@@ -261,7 +261,7 @@ def grid(
 
 
 @style()
-def bars(
+def draw_bars(
     target: Path,
     values: Sequence[float],
     labels: Sequence[str],

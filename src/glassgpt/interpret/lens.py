@@ -20,12 +20,9 @@ import torch
 
 from glassgpt.config import ModelConfig
 from glassgpt.errors import UserError
-from glassgpt.interpret.activations import stream_names
+from glassgpt.interpret.activations import Fill, stream_names
 from glassgpt.interpret.trace import Edit, Trace, record
 from glassgpt.model import GPT
-
-Fill = Literal["zero", "mean"]
-
 
 # -- the logit lens ------------------------------------------------------------------------------
 
