@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Protocol
 
@@ -98,6 +98,40 @@ def exclusive(thing: Path, lock: Path) -> Iterator[None]:
         with contextlib.suppress(OSError):
             lock.unlink()
         guard.release()
+
+
+@contextlib.contextmanager
+def own_folder(
+    folder: Path, lock: str, check: Callable[[], None], *, keep_empty: bool = False
+) -> Iterator[None]:
+    """Hold `folder` for this process alone, by the file `lock` in it; it is made where missing.
+
+    `check` raises `UserError` for content that must not be replaced. It runs before the folder is
+    made and again once it is held, because another process may have finished just then. A folder
+    that is empty at the end is removed, unless `keep_empty`.
+    """
+    with explain_os_errors(f"write {folder}"):
+        check()
+        folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with exclusive(folder, folder / lock):
+            check()
+            yield
+    finally:
+        if not keep_empty:
+            with contextlib.suppress(OSError):  # there are files in it: all went well
+                folder.rmdir()
+
+
+def check_outside(folder: Path, inputs: Iterable[str | Path]) -> None:
+    """Raise `UserError` if one of `inputs` lies in `folder`, whose content will be replaced."""
+    place = Path(os.path.realpath(folder))
+    for path in inputs:
+        real = Path(os.path.realpath(path))
+        if place in (real, *real.parents):
+            raise UserError(
+                f"{path} lies in {folder}, which would be replaced; choose another --out"
+            )
 
 
 @contextlib.contextmanager
