@@ -42,7 +42,7 @@ fix: $(STAMP)-dev
 	$(PYTHON) -m ruff format src tests benchmarks lessons
 
 docs: $(STAMP)-docs
-	$(PYTHON) -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict --quiet
 
 $(PYTHON):
 	$(BASE_PYTHON) -m venv $(VENV)

@@ -4,13 +4,16 @@
     python benchmarks/budget.py grid --data shakespeare.txt --budgets 30s 1m 2m 5m
     python benchmarks/budget.py long --data shakespeare.txt --budgets 30m
     python benchmarks/budget.py speed --data shakespeare.txt
+    python benchmarks/budget.py time --data shakespeare.txt --budgets 8s 20s 1m
 
 nanogpt: whole processes, in turn: nanoGPT's CPU recipe, then a budget of a tenth of the time it
 took, then one of the same time. grid: the budget's own choice between eight shapes that are given
 the same time. Losses are of the saved models, over the entire validation split, each with its own
 context. A run that ends outside 0.9 to 1.03 of its budget is marked. speed:
 the tokens per second that `plan` promises for five shapes and those that training then reaches, in
-turn, --rounds times, and the median of their ratio. Results: results/budget.json.
+turn, --rounds times, and the median of their ratio. time: the share of each budget that a run
+takes, by one process, by two under torchrun, and by one that is stopped half-way and resumed (the
+pause doesn't count). Results: results/budget.json.
 """
 
 from __future__ import annotations
@@ -18,10 +21,12 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -60,6 +65,9 @@ def main() -> None:
             result = {"rounds": rounds, "ratio": {
                 of_shape[0]["shape"]: statistics.median(row["ratio"] for row in of_shape)
                 for of_shape in zip(*rounds, strict=True)}}  # fmt: skip
+        elif options.what == "time":
+            result = {budget: shares(budget, folder, Path(work), options.seed)
+                      for budget in options.budgets}  # fmt: skip
         else:
             result = {budget: against_grid(budget, folder, Path(work), options)
                       for budget in options.budgets}  # fmt: skip
@@ -68,7 +76,7 @@ def main() -> None:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["nanogpt", "grid", "long", "speed"])
+    parser.add_argument("what", choices=["nanogpt", "grid", "long", "speed", "time"])
     parser.add_argument("--data", type=Path, required=True, help="a text, such as tiny Shakespeare")
     parser.add_argument("--nanogpt", type=Path, help="a checkout of nanoGPT")
     parser.add_argument("--budgets", nargs="+", default=["1m"])
@@ -128,6 +136,27 @@ def trained(budget: str, data: Path, run: Path, seed: int, *more: str) -> dict[s
             "chosen": shape, "steps": info["step"],
             "tokens_per_second": reached, "planned": planned,
             "val_loss": whole_loss(from_run(run), data)}  # fmt: skip
+
+
+def shares(budget: str, data: Path, work: Path, seed: int) -> dict[str, float]:
+    """The time that a run took, divided by its budget; 1.0 is exactly on time."""
+    seconds = seconds_of(budget)
+    module = ["-m", "glassgpt", "train", str(data), "--budget", budget, "--seed", f"{seed}"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    one = timed([sys.executable, *module, "--out", str(work / f"one-{budget}")])
+    two = timed([sys.executable, *torchrun, *module, "--out", str(work / f"two-{budget}")])
+    run = work / f"stopped-{budget}"
+    started = time.perf_counter()
+    process = subprocess.Popen([sys.executable, *module, "--out", str(run)])
+    time.sleep(seconds / 2)
+    process.send_signal(signal.SIGINT)
+    process.wait()
+    first = time.perf_counter() - started
+    rest = timed([sys.executable, "-m", "glassgpt", "train", "--resume", str(run)])
+    found = {"one process": one, "two processes": two, "stopped and resumed": first + rest}
+    found = {name: round(value / seconds, 3) for name, value in found.items()}
+    print(f"{budget} {found}", flush=True)
+    return found
 
 
 def shape_options(n_layer: int, n_embd: int, context: int) -> list[str]:

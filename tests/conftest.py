@@ -32,10 +32,10 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "standard"))
 @pytest.fixture(scope="session", autouse=True)
 def offline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Nothing from the user's cache, nothing from the net (port 9 refuses), also in children."""
-    cache, base = tmp_path_factory.mktemp("cache"), tmp_path_factory.getbasetemp()
-    worker = "PYTEST_XDIST_WORKER" in os.environ
-    kernels = (base.parent if worker else base) / "kernels"  # compiled once for all workers
-    kernels.mkdir(exist_ok=True)
+    cache = tmp_path_factory.mktemp("cache")
+    # Compiled once for all workers and later runs; the folder is named after the kernels' source.
+    kernels = Path(__file__).parents[1] / ".pytest_cache" / "kernels"
+    kernels.mkdir(parents=True, exist_ok=True)
     (cache / "kernels").symlink_to(kernels)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GLASSGPT_CACHE", str(cache))

@@ -18,6 +18,8 @@ from glassgpt.checkpoints.run_directory import Checkpoint, save_model
 from glassgpt.tokenizers.chat_template import Chat, choose_template
 from glassgpt.tokenizers.tokenizer import CharTokenizer
 
+pytestmark = pytest.mark.slow
+
 LETTERS = "abcdefghijklmnopqrstuvwxyz .,!?\n-:;'#SUAH"
 
 

@@ -21,6 +21,8 @@ from glassgpt.checkpoints.run_directory import load_model, snapshots
 from glassgpt.cli.app import main
 from glassgpt.reporting.run_log import read_metrics
 
+pytestmark = pytest.mark.slow
+
 
 def tiny(**changes: object) -> list[str]:
     """Options of a run that takes a moment."""

@@ -18,6 +18,8 @@ import glassgpt
 from glassgpt.cli.app import main
 from glassgpt.errors import UserError
 
+pytestmark = pytest.mark.slow
+
 RUN = Path(__file__).parents[1] / "golden" / "modern"
 SAMPLE = ["sample", str(RUN), "--prompt", "The small", "--max-new-tokens", "60"]
 WITHOUT_NUMBA = "import sys; sys.modules['numba'] = None"

@@ -15,6 +15,8 @@ import pytest
 from glassgpt.checkpoints.run_directory import load_model
 from glassgpt.reporting.run_log import read_metrics
 
+pytestmark = pytest.mark.slow
+
 BASE = ["--n-layer", "2", "--n-head", "2", "--n-embd", "32", "--context-length", "64",
         "--max-steps", "30", "--batch-tokens", "512", "--sample-tokens", "0"]  # fmt: skip
 HOW = ["--max-steps", "160", "--eval-interval", "40", "--checkpoint-interval", "7",

@@ -11,6 +11,8 @@ import pytest
 
 from glassgpt.cli.app import main
 
+pytestmark = pytest.mark.slow
+
 RUN = Path(__file__).parents[1] / "golden" / "modern"
 TEXT = "The small bird slept under the table by the fire. " * 5
 

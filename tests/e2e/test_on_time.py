@@ -1,6 +1,7 @@
 """`--budget`, `plan --budget` and `bench train` as a user types them: whole processes, real time.
 
-A machine that is busy makes everything late, so of the clock only what can't fail is asserted.
+A busy machine makes everything late, so nothing here asserts how long something took: that is
+measured by `benchmarks/budget.py time`.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from glassgpt.cli.demo import demo
 from glassgpt.reporting.run_log import read_metrics
 from glassgpt.training.run import train
 from listener import Listener
+
+pytestmark = pytest.mark.slow
 
 SHAPE = ["--n-layer", "1", "--n-head", "2", "--n-embd", "32", "--context-length", "32"]
 SMALL = [*SHAPE, "--threads", "1", "--device", "cpu", "--sample-tokens", "20",
@@ -58,10 +61,6 @@ def command(*arguments: object) -> list[str]:
 def glassgpt_process(*arguments: object, **options) -> subprocess.CompletedProcess:
     return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=300,
                           **options)  # fmt: skip
-
-
-def in_time(budget: float, started: float) -> None:
-    assert time.monotonic() - started < 2 * budget + 15
 
 
 def rows_of(run: Path, key: str) -> list[dict]:
@@ -100,7 +99,6 @@ def test_a_budget_with_a_shape(run):
     assert AutoTokenizer.from_pretrained(run)(text)["input_ids"] == ours.tokenizer.encode(text)
     evaluations = rows_of(run, "val_loss")
     assert evaluations[-1]["val_loss"] < 1  # it learns the sentence
-    assert evaluations[-1]["seconds"] > 3
     assert "## step 0" in (run / "samples.md").read_text()
 
 
@@ -109,9 +107,7 @@ def test_the_budget_is_used_up(run, capsys):
 
 
 def test_a_budget_alone_chooses_the_shape(book, tmp_path):
-    started = time.monotonic()
     done = glassgpt_process("train", book, "--budget", "20s", "--log-interval", 1, cwd=tmp_path)
-    in_time(20, started)
     assert done.returncode == 0, done.stderr
     is_complete(tmp_path / "runs/book")
     shape = re.search(r"plan: (\d+) layers, (\d+) wide, context (\d+)", done.stderr).groups()
@@ -141,17 +137,14 @@ def test_a_limit_of_steps_inside_the_budget(book, tmp_path):
     result = train(book, out=tmp_path / "run", budget="2m", max_steps=60, n_layer=1, n_head=2,
                    n_embd=32, context_length=32, **HERE)  # fmt: skip
     assert (result.step, result.finished) == (60, True)
-    assert result.seconds < 120
     is_complete(result.run)
 
 
 def test_two_processes_end_together(book, tmp_path):
-    started = time.monotonic()
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone",
                 "--nproc-per-node", "2", *command("train", book, "--budget", "20s", *SMALL,
                                                   "--out", tmp_path / "run")[1:]]  # fmt: skip
     done = subprocess.run(torchrun, capture_output=True, text=True, timeout=300)
-    in_time(20, started)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("plan: ") == 1
     is_complete(tmp_path / "run")
@@ -180,7 +173,7 @@ def test_a_resumed_budget_has_the_time_that_was_left(book, tmp_path, how):
     result = train(resume=run)
     assert result.finished
     assert result.step > before["step"]
-    assert before["seconds"] < result.seconds < 2 * 25 + 15
+    assert before["seconds"] < result.seconds
     assert state_of(run)["plan"] == before["plan"]
     is_complete(run)
 

@@ -9,6 +9,8 @@ import pytest
 
 from glassgpt.cli.app import main
 
+pytestmark = pytest.mark.slow
+
 TINY = ["--n-layer", "1", "--n-head", "2", "--n-embd", "16", "--context-length", "8",
         "--batch-tokens", "32", "--threads", "1"]  # fmt: skip
 

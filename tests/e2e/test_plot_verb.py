@@ -15,6 +15,8 @@ import pytest
 from conftest import refuse
 from glassgpt.cli.app import main
 
+pytestmark = pytest.mark.slow
+
 OPTIONS = shlex.split(
     "--n-head 2 --n-embd 12 --context-length 16 --batch-tokens 64 --max-steps 6 "
     "--eval-interval 3 --log-interval 1 --sample-tokens 0 --threads 1"

@@ -27,6 +27,8 @@ from glassgpt.checkpoints.tensors import SafeTensors, write_tensors
 from glassgpt.errors import UserError
 from glassgpt.tokenizers.tokenizer import CharTokenizer
 
+pytestmark = pytest.mark.slow
+
 LETTERS = "abcdefghijklmnopqrstuvwxyz .,!?\n-:;'"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 FIXTURE = Path(__file__).parents[1] / "unit" / "openai_fixture"

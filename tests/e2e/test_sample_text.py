@@ -15,6 +15,8 @@ from glassgpt.cli.app import main
 from glassgpt.inference.classify import set_score_head, weights_to_save
 from glassgpt.tokenizers.tokenizer import CharTokenizer, byte_tokenizer
 
+pytestmark = pytest.mark.slow
+
 LABELS = ("very bad", "bad", "good")
 TEXT = "A good film."
 

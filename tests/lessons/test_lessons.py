@@ -17,6 +17,7 @@ RESULTS = LESSONS / "results"
 sys.path.insert(0, str(LESSONS))
 import ladder  # noqa: E402
 
+pytestmark = pytest.mark.slow
 NAMES = [path.stem for path in ladder.notebooks()]
 
 

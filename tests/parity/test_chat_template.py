@@ -72,6 +72,7 @@ CUT_APART = {(name, "llama3") for name in ("bpe", "gpt2", "smollm")}
 NAMES = ["char", "byte", "bpe", "gpt2", *MAKERS]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("template", [*BUILT_IN, *TEMPLATES])
 @pytest.mark.parametrize("name", NAMES)
 def test_conversations_have_their_ids(name: str, template: str, tmp_path: Path) -> None:
@@ -96,6 +97,7 @@ def test_conversations_have_their_ids(name: str, template: str, tmp_path: Path) 
                     assert ours == asked
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_added_tokens_have_their_ids(name: str, tmp_path: Path) -> None:
     before = tokenizer_of(name)
@@ -117,6 +119,7 @@ def test_added_tokens_have_their_ids(name: str, tmp_path: Path) -> None:
     assert [library.token_to_id(token) for token in new] == [tokenizer.special[t] for t in new]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("template", BUILT_IN)
 @pytest.mark.parametrize("shape", ["gpt2", "modern"])
 def test_a_saved_model_chats_and_stops(shape: str, template: str, tmp_path: Path) -> None:

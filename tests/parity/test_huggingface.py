@@ -242,6 +242,7 @@ def greedy_theirs(model: Any, prompt: list[int], n: int = 200) -> list[int]:
     return out[0, len(prompt) :].tolist()
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_a_full_size_gpt2(tmp_path: Path) -> None:
     """124 million random weights: logits, and 200 greedy tokens, as transformers has them."""
@@ -350,6 +351,7 @@ def test_other_architectures_are_refused_by_name(tmp_path: Path) -> None:
 # -- tokenizers ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["char", "byte", "gpt2", "bpe:400"])
 def test_auto_tokenizer_gives_the_same_ids(tmp_path: Path, kind: str) -> None:
     known = TEXT.replace("<|endoftext|>", "")

@@ -237,6 +237,7 @@ def test_without_meta_a_large_vocabulary_is_gpt2s(tmp_path: Path) -> None:
 # -- ours, written for nanoGPT -------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("kind", ["with <unk>", "without", "gpt2"])
 def test_written_and_read_back_is_exact(tmp_path: Path, bias: bool, kind: str) -> None:
@@ -368,6 +369,7 @@ REBUILD = b"ctorch._utils\n_rebuild_tensor_v2\n"
 NESTED = b")" + b"q\x01h\x01\x86" * 60  # 2^60 empty tuples
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("program", "why"),
     [
@@ -471,6 +473,7 @@ def test_truncated_files_are_refused(tmp_path: Path) -> None:
         load_nanogpt(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:invalid escape")  # pickletools, of damaged text
 @pytest.mark.parametrize("seed", range(8))
 def test_no_damage_is_more_than_a_user_error(tmp_path: Path, seed: int) -> None:

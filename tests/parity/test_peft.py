@@ -64,6 +64,7 @@ def randomize(model: torch.nn.Module, seed: int) -> None:
 # -- ours, read by peft --------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("targets", [(), ("qkv", "down"), ("out", "up")], ids=str)
 @pytest.mark.parametrize("name", OURS)
 def test_peft_reads_our_adapters(tmp_path: Path, name: str, targets: tuple[str, ...]) -> None:

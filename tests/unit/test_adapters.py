@@ -73,6 +73,7 @@ def test_an_adapter_is_its_base_with_the_pairs_added(tmp_path: Path, name: str) 
     assert str(tmp_path / "adapter") in loaded.info["source"]
 
 
+@pytest.mark.slow
 def test_a_base_beside_the_adapter_or_beside_us(
     tmp_path: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

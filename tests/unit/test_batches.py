@@ -85,6 +85,7 @@ def test_rank_slices_tile_the_global_batch(tmp_path: Path, world: int) -> None:
         assert np.array_equal(np.concatenate([part[side] for part in parts]), whole[side])
 
 
+@pytest.mark.slow
 @given(sizes=st.lists(st.integers(0, 12), min_size=1, max_size=6), data=st.data())
 def test_reading_across_file_borders(tmp_path_factory, sizes, data) -> None:
     folder = tmp_path_factory.mktemp("shards")

@@ -252,6 +252,7 @@ def test_what_was_measured_is_not_measured_again():
     assert unmeasured.loss <= first.loss
 
 
+@pytest.mark.slow
 @given(st.lists(st.floats(1e-9, 1.0), min_size=len(LADDER), max_size=len(LADDER)),
        st.floats(0.1, 1e5))  # fmt: skip
 def test_it_ends_on_every_machine(speeds, seconds):

@@ -162,6 +162,7 @@ LEARNED["thinking"] = LEARNED["chatml"].replace("⟦So", "⟦«<think>»\n\n«</
 # -- what is learned -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @every_template
 @every_tokenizer
 def test_the_assistants_words_and_the_token_behind_are_learned(name: str, template: str) -> None:
@@ -396,6 +397,7 @@ def test_conversations_without_an_answer_are_left_out() -> None:
     assert (len(examples), counts.conversations, counts.nothing_learned) == (1, 5, 4)
 
 
+@pytest.mark.slow
 def test_an_endless_conversation_is_no_problem() -> None:
     chat = chat_of("headings", tokenizer_of("byte"))
     examples, counts = encode_all(chat, [Talk(long_talk(3000))], 400)

@@ -393,6 +393,7 @@ def test_killed_in_the_first_save_there_is_a_whole_checkpoint_or_none(tmp_path: 
     assert outcomes == {0, 1}
 
 
+@pytest.mark.slow
 def test_killed_again_after_resuming_there_is_a_whole_checkpoint(tmp_path: Path) -> None:
     """The next save must not start by deleting the only whole checkpoint there is."""
     config = tiny_config("modern", n_layer=1)

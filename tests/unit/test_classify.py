@@ -195,6 +195,7 @@ def test_class_weights() -> None:
 # -- the picture ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("error::UserWarning")  # of letters that the font lacks
 @pytest.mark.parametrize("n", [2, 20, 61])
 def test_a_picture_of_the_confusions(tmp_path: Path, n: int) -> None:

@@ -162,6 +162,7 @@ def test_the_way_is_the_one_that_passes_take(threads, rows, options):
 # -- measured ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="left out: glibc's way with memory is assumed")
 @pytest.mark.parametrize("shape", ["modern", "gpt2"])
 def test_a_measured_training_takes_what_is_expected(shape):

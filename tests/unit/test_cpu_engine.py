@@ -131,6 +131,7 @@ def test_cached_is_uncached(make: Any, config: ModelConfig) -> None:
     np.testing.assert_allclose(np.concatenate(parts), whole, rtol=0, atol=2e-5)
 
 
+@pytest.mark.slow
 @every_engine
 @pytest.mark.parametrize("shape", ["gpt2", "qwen3", "llama"])
 def test_greedy_text_is_the_references(make: Any, shape: str) -> None:
@@ -141,6 +142,7 @@ def test_greedy_text_is_the_references(make: Any, shape: str) -> None:
         assert found == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_the_number_of_threads_changes_nothing(threads: int) -> None:
     config = CONFIGS["gpt2-large"]
@@ -352,6 +354,7 @@ def test_nan_reaches_the_logits(make: Any, precision: Any) -> None:
 SHORTER = {"avx2": "+avx,+avx2,+fma,+f16c,+sse4.2", "sse": "+sse4.2"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processor", SHORTER)
 def test_processors_with_shorter_vectors(processor: str, tmp_path: Path) -> None:
     """The same program compiled for less than this machine has, in a process of its own."""

@@ -444,6 +444,7 @@ def test_the_python_manual_needs_no_network(server):
     assert len(os.listdir(cache_dir() / "corpora" / "python-manual")) == 1
 
 
+@pytest.mark.slow
 def test_a_streamed_corpus_is_read_as_far_as_needed(server, monkeypatch):
     import pyarrow
     import pyarrow.parquet

@@ -48,6 +48,7 @@ def direct_loss(model, tokens: list[int]) -> float:
     return F.cross_entropy(model(ids[None, :-1])[0, -1], ids[-1]).item()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", ["gpt2", "modern"])
 @pytest.mark.parametrize("length", [2, 3, CONTEXT, CONTEXT + 1])
 def test_a_text_within_the_context(shape: str, length: int) -> None:

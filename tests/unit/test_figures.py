@@ -57,6 +57,7 @@ def test_attention_names_tokens_axes_layers_and_heads(tmp_path: Path) -> None:
         assert name in shown
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("L", "H", "T"), [(1, 1, 1), (1, 1, 10), (12, 12, 40), (1, 1, 128)])
 def test_pictures_of_any_number_of_heads(tmp_path: Path, L: int, H: int, T: int) -> None:
     patterns = np.tril(np.full((L, H, T, T), 0.5, dtype=np.float32))
@@ -90,6 +91,7 @@ def test_tables_that_have_hardly_a_plane(tmp_path: Path, V: int, C: int) -> None
     figures.draw_embedding(tmp_path / "e.png", table, ["a"] * V, [kinds[0]] * V, KINDS, title="x")
 
 
+@pytest.mark.slow
 def test_every_character_has_its_label(tmp_path: Path) -> None:
     """104 characters crowded in the middle: each label finds a place."""
     rng = np.random.default_rng(2)

@@ -93,6 +93,7 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("what", WHAT)
 def test_resumed_is_uninterrupted(bases, files, tmp_path, what, way) -> None:
@@ -108,6 +109,7 @@ def test_resumed_is_uninterrupted(bases, files, tmp_path, what, way) -> None:
     assert all(np.array_equal(a.weights[name], b.weights[name]) for name in a.weights)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("shape", "kind", "lora_rank"), [
     ("gpt2", "byte", None), ("gpt2", "char", 2), ("modern", "char", None), ("modern", "bpe", 2),
     ("llama", "bpe", None), ("llama", "byte", 2), ("qwen3", "char", 2),
@@ -124,6 +126,7 @@ def test_every_shape_and_tokenizer_learns(bases, files, tmp_path, what, shape, k
     assert (again.chat_template is not None) is (what == "chats")
 
 
+@pytest.mark.slow
 def test_frozen_parts_stay_bit_for_bit(bases, files, tmp_path) -> None:
     base = load_pretrained(bases("llama")).weights
     expected = {
@@ -164,6 +167,7 @@ def test_new_tokens_begin_as_the_mean_of_all(bases, files, tmp_path) -> None:
     np.testing.assert_allclose(table[n:], [before.mean(axis=0)] * (len(table) - n), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_what_is_kept_is_watched_and_replayed(bases, files, tmp_path) -> None:
     listener, known = Listener(), tmp_path / "known.txt"
     known.write_text("wow moo oink hush boom " * 60)
@@ -179,6 +183,7 @@ def test_what_is_kept_is_watched_and_replayed(bases, files, tmp_path) -> None:
     assert any("keep loss" in line for line in listener.said)
 
 
+@pytest.mark.slow
 def test_defaults_follow_the_base(files, tmp_path) -> None:
     base = train(str(files["text"]), out=tmp_path / "base", n_layer=1, n_embd=8, n_head=2,
                  context_length=10, max_steps=2, batch_tokens=40, learning_rate=0.02,
@@ -194,6 +199,7 @@ def test_defaults_follow_the_base(files, tmp_path) -> None:
         assert trained["max_steps"] >= meta[-1]["step"] > 0
 
 
+@pytest.mark.slow
 def test_answers_and_judgements_are_shown(bases, files, tmp_path) -> None:
     run = finetune(bases(), files["chats"], out=tmp_path / "chats", **FAST).run
     shown = (run / "samples.md").read_text()
@@ -227,6 +233,7 @@ def test_the_data_report(bases, tmp_path) -> None:
         assert part in said, said
 
 
+@pytest.mark.slow
 def test_a_rate_is_made_gentle_once(files, tmp_path) -> None:
     """Of adapters and of whole models, however often one is finetuned after the other."""
     how = dict(max_steps=2, batch_tokens=40, sample_tokens=0)
@@ -245,6 +252,7 @@ def test_a_rate_is_made_gentle_once(files, tmp_path) -> None:
     assert rates[0] == pytest.approx(rates[1])
 
 
+@pytest.mark.slow
 def test_an_adapter_goes_on_with_its_own_base_alone(files, tmp_path, capsys) -> None:
     tokenizer = CharTokenizer.from_characters(LETTERS)
     config = tiny_config(vocab_size=tokenizer.vocab_size, context_length=40)
@@ -274,6 +282,7 @@ def test_an_adapter_alone_is_a_chat_partner_too(bases, files, tmp_path) -> None:
     assert load_pretrained(bases(kind="byte")).chat_template is None
 
 
+@pytest.mark.slow
 def test_other_text_to_keep_is_other_data(bases, files, tmp_path, capsys) -> None:
     keep = tmp_path / "keep.txt"
     keep.write_text("the dog says wow\n" * 40)
@@ -283,6 +292,7 @@ def test_other_text_to_keep_is_other_data(bases, files, tmp_path, capsys) -> Non
     assert "changed" in refuse(capsys, "finetune", "--resume", run, "--max-steps", 8)
 
 
+@pytest.mark.slow
 def test_what_is_read_otherwise_than_it_was_written_is_said(bases, tmp_path) -> None:
     """Unknown characters; texts that are cut; what no adapter can hold."""
     listener = Listener()
@@ -307,6 +317,7 @@ def write(path: Path, *rows: Any) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_refusals(bases, files, tmp_path, capsys) -> None:
     """One line each, exit status 2, and no run directory."""
     yes, asked = ({"role": role, "content": "yes"} for role in ("assistant", "user"))
@@ -371,6 +382,7 @@ def test_changed_data_and_options_are_refused_on_resuming(bases, files, tmp_path
     assert "changed" in refuse(capsys, "finetune", "--resume", run, "--max-steps", 9)
 
 
+@pytest.mark.slow
 def test_a_budget_ends_it(bases, files, tmp_path) -> None:
     result = finetune(bases(), files["chats"], out=tmp_path / "run", budget="4s", sample_tokens=4,
                       patience=None)  # fmt: skip

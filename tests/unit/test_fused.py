@@ -106,6 +106,7 @@ def assert_same(found: tuple[float, Gradients], expected: tuple[float, Gradients
 # -- the reference -------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @every_config
 @pytest.mark.parametrize(("B", "T"), [(3, 11), (2, 13), (1, 5)])
 def test_in_float32_it_is_autograd(config: ModelConfig, B: int, T: int) -> None:
@@ -173,6 +174,7 @@ def test_a_vocabulary_too_large_for_all_logits(monkeypatch, config, at_once, exp
 # -- one step after the other --------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_nothing_is_left_of_another_batch(dtype: torch.dtype) -> None:
     """Memory is used again for the same shape, made anew for another, and never seen through."""
@@ -222,6 +224,7 @@ def test_changed_weights_are_read_after_a_refresh() -> None:
     assert made(*batch, 1.0) != pytest.approx(before, rel=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("name", ["token_embedding", "attn.qkv", "k_norm", "mlp.gate", "head"])
@@ -311,6 +314,7 @@ def test_gradients_under_dropout_are_the_slope_of_the_loss(tied: bool) -> None:
     assert slope(every) == pytest.approx(expected, rel=5e-3)
 
 
+@pytest.mark.slow
 def test_dropout_happens_where_it_does_in_the_model() -> None:
     """Over many masks, the mean loss and its spread are those of model.py in training."""
     share, n = 0.3, 150

@@ -268,6 +268,7 @@ def test_the_same_seed_gives_the_same_text(shape: str) -> None:
 PROMPTS = [[1, 2], [], list(range(30)), [3] * 13, [1, 2], list(range(12)), [35]]
 
 
+@pytest.mark.slow
 @both_shapes
 @pytest.mark.parametrize("context_length", [1, 2, 13])
 @pytest.mark.parametrize("engine_of", [ReferenceEngine, Uncached])
@@ -330,6 +331,7 @@ def test_text_comes_before_the_error_that_ends_it() -> None:
     assert texts == ["abc", "de"]
 
 
+@pytest.mark.slow
 def test_complete_is_what_was_streamed() -> None:
     engine, how = ReferenceEngine(tiny_model(tiny_config())), Sampling(num_samples=3, stop=("a",))
     pieces = list(stream(engine, char_tokenizer(), [[1]], how))

@@ -259,6 +259,7 @@ def test_passes_cover_every_token_once_in_order(monkeypatch: pytest.MonkeyPatch)
 # -- compiled ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @needs_a_compiler
 @every_device
 @pytest.mark.parametrize("shape", ["gpt2", "qwen3"])
@@ -291,6 +292,7 @@ def test_a_compiled_step_is_compiled_once(
     assert counts["unique_graphs"] == 1
 
 
+@pytest.mark.slow
 @needs_a_compiler
 @pytest.mark.usefixtures("fresh_compiler")
 def test_any_number_of_sizes_is_compiled() -> None:
@@ -344,6 +346,7 @@ def test_only_cuda_with_triton_compiles_by_itself(monkeypatch: pytest.MonkeyPatc
     assert not gpu._can_compile(torch.device("cuda"))
 
 
+@pytest.mark.slow
 @every_device
 @pytest.mark.parametrize("context", [13, 250])
 @pytest.mark.parametrize("name", ["gpt2", "qwen3", "llama"])

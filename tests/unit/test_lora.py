@@ -76,6 +76,7 @@ def some_tokens(config: ModelConfig, B: int = 4, T: int = 11) -> torch.Tensor:
 # -- what it computes ----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", LORAS)
 @pytest.mark.parametrize("name", SHAPES)
 @torch.no_grad()
@@ -115,6 +116,7 @@ def test_merging_for_a_while_leaves_no_trace(name: str, lora: str) -> None:
     assert torch.equal(model(tokens), expected)
 
 
+@pytest.mark.slow
 @given(
     rank=st.integers(1, 40), alpha=st.floats(0.1, 1000), shape=st.sampled_from([*SHAPES]),
     targets=st.sets(st.sampled_from(["qkv", "out", "up", "down"])), dropout=st.floats(0, 0.9),

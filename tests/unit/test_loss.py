@@ -232,6 +232,7 @@ def fresh_compiler() -> Iterator[None]:
     torch.compiler.reset()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.filterwarnings("ignore")
 def test_one_chunk_is_one_graph() -> None:
@@ -241,6 +242,7 @@ def test_one_chunk_is_one_graph() -> None:
     assert_same(step(traced, model), step(plain(model), model))
 
 
+@pytest.mark.slow
 @needs_a_compiler
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.filterwarnings("ignore")

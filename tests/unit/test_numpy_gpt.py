@@ -210,6 +210,7 @@ def command(*arguments: str, through: tuple[str, ...] = ("-c", RUN)):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [[], ["--no-cache"]], ids=str)
 def test_the_command_line(options: list[str]) -> None:
     prompt = EXPECTED["prompt"]

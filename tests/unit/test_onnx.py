@@ -54,6 +54,7 @@ def run_chunks(path: Path, config: ModelConfig, tokens: np.ndarray, sizes: list[
     return np.concatenate(logits, axis=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", [1, 2, 5])
 @pytest.mark.parametrize(
     "sizes", [[1], [13], [1] * 13, [5, 1, 1, 1], [3, 4, 1, 2], [1, 12], [12, 1]], ids=str
@@ -130,6 +131,7 @@ def test_largest_difference(exported: tuple[Path, GPT]) -> None:
     assert np.isnan(largest_difference(path, other))
 
 
+@pytest.mark.slow
 def test_the_smallest_context(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     model = tiny_model(tiny_config("gpt2", context_length=4, n_layer=1))
     write_onnx(tmp_path / "model.onnx", model)
@@ -144,6 +146,7 @@ def test_what_has_no_free_past_is_refused(fields: dict[str, Any], tmp_path: Path
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_large_weights_lie_beside_the_graph(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -82,6 +82,7 @@ def test_crc32c_of_short_data(data: bytes) -> None:
     assert crc32c(data) == slow_crc32c(data)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [5685, 10007, 10008, 10011, 25000, 700_001])
 def test_crc32c_of_long_data(size: int) -> None:
     """Sizes around those at which words are first folded away, by bytes and by 64 bytes."""

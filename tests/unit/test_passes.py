@@ -148,6 +148,7 @@ def test_workers_keep_the_order_and_wait_for_all():
     workers.close()
 
 
+@pytest.mark.slow
 @every_way
 @pytest.mark.parametrize("threads", [1, 2])
 def test_out_of_memory_halves_the_micro_batch_and_keeps_the_step(monkeypatch, way, threads):
@@ -184,6 +185,7 @@ def test_out_of_memory_halves_the_micro_batch_and_keeps_the_step(monkeypatch, wa
     passes.close()
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_ends_the_memory_takes_fewer_rows_and_other_errors_pass():
     passes, asked = make_passes("fused"), []
 

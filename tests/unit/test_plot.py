@@ -127,6 +127,7 @@ def test_a_page_needs_nothing_else(tmp_path: Path) -> None:
     assert "color-scheme: light dark" in page
 
 
+@pytest.mark.slow
 def test_the_same_figure_is_the_same_file(tmp_path: Path) -> None:
     for name in ("a.svg", "b.svg", "a.png", "b.png"):
         loss_curves(tmp_path / name, [Curve("a", rows(4.0, 3.0))])

@@ -520,6 +520,7 @@ def test_what_is_no_text_is_refused_and_leaves_nothing(tmp_path):
         assert sorted(path.name for path in tmp_path.iterdir()) == ["blank.txt", "cut.txt.gz"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)]
 )

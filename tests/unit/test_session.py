@@ -98,6 +98,7 @@ def test_old_traces_make_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert session.trace(TraceRequest(text="a cat"))["trace"] == second
 
 
+@pytest.mark.slow
 def test_snapshots_that_are_no_longer_shown_leave_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

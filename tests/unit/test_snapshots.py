@@ -77,6 +77,7 @@ def test_which_steps(text) -> None:
     assert not any(map(Clock(TrainConfig(), began=0.0).snapshot_is_due, range(99)))
 
 
+@pytest.mark.slow
 def test_each_is_the_model_of_its_step(full, text, tmp_path) -> None:
     there = snapshots(full)
     assert list(there) == STEPS
@@ -100,6 +101,7 @@ def test_training_is_the_same_with_and_without(full, text, tmp_path) -> None:
     assert snapshots(run) == snapshots(tmp_path / "nowhere") == {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("what", "way"), [
     ("text", {}), ("text", dict(lora_rank=2, lora_dropout=0.2)), ("labels", dict(lora_rank=2)),
 ])  # fmt: skip
@@ -137,6 +139,7 @@ def test_patience_ends_with_a_snapshot(text, tmp_path) -> None:
 # -- interrupted, resumed, replaced --------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_steps_that_are_done_again_give_new_snapshots(full, text, tmp_path) -> None:
     run = tmp_path / "run"
     part = {**TINY, "max_steps": 5, "decay_steps": 13}
@@ -153,6 +156,7 @@ def test_steps_that_are_done_again_give_new_snapshots(full, text, tmp_path) -> N
     assert max(snapshots(run)) == 13
 
 
+@pytest.mark.slow
 def test_overwriting_knows_them_as_its_own(text, tmp_path) -> None:
     run = train(text, out=tmp_path / "run", snapshots=True, **TINY).run
     (run / "snapshots/.next").mkdir()
@@ -221,6 +225,7 @@ def test_killed_at_any_moment_only_whole_ones_are_found(tmp_path, monkeypatch, w
 # -- no room, no time ----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_full_disk_costs_snapshots_and_nothing_else(text, small_disk, tmp_path) -> None:
     """The folder lies on a disk of its own, with room for a few of them."""
     options = {**TINY, "n_embd": 64}
@@ -252,6 +257,7 @@ def test_a_budget_keeps_time_for_the_last_one(monkeypatch) -> None:
     assert ends[True] == pytest.approx(ends[False] - 4)
 
 
+@pytest.mark.slow
 def test_with_a_budget(text, tmp_path) -> None:
     shape = dict(n_layer=1, n_head=2, n_embd=12, context_length=11)
     result = train(text, out=tmp_path / "run", budget="4s", snapshots=True, **shape, threads=1,

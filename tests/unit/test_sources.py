@@ -174,6 +174,7 @@ def test_every_format_in_every_container(format, container, tmp_path):
     assert read(path) == DOCUMENTS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("container", CONTAINERS)
 def test_bytes_read_add_up_to_the_size_on_disk(container, tmp_path):
     noise = random.Random(0).randbytes(200_000).hex()
@@ -760,6 +761,7 @@ def test_memory_does_not_grow_with_the_input(tmp_path):
     assert peak < 30 << 20
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_files(tmp_path):
     members = {f"{'folder/' * 9}{i}.txt": b"x" for i in range(4000)}
     sources = resolve([str(write(tmp_path / "a.tar", tar(members, tarfile.USTAR_FORMAT)))])

@@ -207,6 +207,7 @@ def vocabulary_and_text(draw) -> tuple[Tokenizer, str]:
     return tokenizer, "".join(draw(st.lists(words | st.just(corpus[:50]), max_size=12)))
 
 
+@pytest.mark.slow
 @settings(max_examples=300)
 @given(both=vocabulary_and_text())
 def test_trained_bpe_gives_the_ids_of_tokenizers(both: tuple[Tokenizer, str]) -> None:
@@ -221,6 +222,7 @@ def test_gpt2_gives_the_ids_of_tokenizers(text: str) -> None:
     assert gpt2().encode(text, special=True) == their_gpt2().encode(text).ids
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [char, byte_tokenizer, bpe])
 @settings(max_examples=50)
 @given(text=MIXED)
@@ -282,6 +284,7 @@ def save(tokenizer: Tokenizer, folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [char, byte_tokenizer, gpt2, bpe])
 def test_saved_and_loaded_is_the_same(make, tmp_path: Path) -> None:
     tokenizer = make()
@@ -440,6 +443,7 @@ def test_printable_stand_ins_are_gpt2s() -> None:
     assert all(alphabet[ord(c)] == c for c in string.punctuation + string.ascii_letters)
 
 
+@pytest.mark.slow
 def test_a_million_blanks_are_no_error():
     """tiktoken's pattern engine gives up on such a run; we then cut it."""
     text = " " * 1_200_000 + "x"

@@ -120,6 +120,7 @@ def test_attention_again_from_what_was_kept(model: GPT) -> None:
                 torch.testing.assert_close(value, one)
 
 
+@pytest.mark.slow
 def test_edits_take_the_place_of_a_value() -> None:
     for fields in FAMILIES.values():
         model = tiny_model(tiny_config(**fields))
@@ -264,6 +265,7 @@ def test_the_table_of_activations_names_functions_and_lines_of_model_py() -> Non
     assert ACTIVATIONS.keys() - found == {"loss", "resid_pre", "q_plain", "k_plain"}
 
 
+@pytest.mark.slow
 def test_a_large_config_without_weights() -> None:
     config = ModelConfig.from_shape("gpt2", vocab_size=50257, context_length=1024, n_layer=12,
                                     n_head=12, n_embd=768)  # fmt: skip

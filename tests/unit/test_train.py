@@ -72,6 +72,7 @@ def make_trainer(text: str, run: Path, **options) -> Trainer:
                    SILENT, {})  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "dropout"), [(name, 0.0) for name in WAYS]
                          + [("muon-fused", 0.2), ("adamw-autograd", 0.2)])  # fmt: skip
 def test_resumed_is_uninterrupted(text, tmp_path, name, dropout):
@@ -87,6 +88,7 @@ def test_resumed_is_uninterrupted(text, tmp_path, name, dropout):
     assert all(np.array_equal(a.weights[name], b.weights[name]) for name in a.weights)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["muon-fused", "adamw-autograd"])
 def test_a_signal_stops_after_the_step_and_resumes_bit_for_bit(text, tmp_path, name):
     options = {**TINY, **WAYS[name], "max_steps": 120}
@@ -108,6 +110,7 @@ def test_a_signal_stops_after_the_step_and_resumes_bit_for_bit(text, tmp_path, n
     assert (run / "samples.md").read_text() == (full.run / "samples.md").read_text()
 
 
+@pytest.mark.slow
 @every_way
 def test_same_seed_same_losses_other_seed_other_losses(text, tmp_path, way):
     runs = [
@@ -119,6 +122,7 @@ def test_same_seed_same_losses_other_seed_other_losses(text, tmp_path, way):
     assert a != c
 
 
+@pytest.mark.slow
 @every_way
 def test_loss_falls_and_the_best_model_is_at_the_top(text, tmp_path, way):
     result = train(text, out=str(tmp_path / "run"), **{**TINY, **way, "max_steps": 200,
@@ -129,6 +133,7 @@ def test_loss_falls_and_the_best_model_is_at_the_top(text, tmp_path, way):
     assert min(loss for _, loss in losses(result.run, "val_loss")) == result.best_val_loss
 
 
+@pytest.mark.slow
 def test_muon_learns_more_in_the_same_steps(tmp_path):
     """Real text, both with the rates that they have by default; measured: 2.39 and 2.62."""
     options = dict(n_layer=2, n_head=4, n_embd=32, context_length=32, batch_tokens=1024,
@@ -141,6 +146,7 @@ def test_muon_learns_more_in_the_same_steps(tmp_path):
     assert muon < adamw - 0.1
 
 
+@pytest.mark.slow
 def test_training_does_the_same_where_nothing_can_be_fused(text, tmp_path, monkeypatch):
     reporter = Listener()
     said = reporter.said
@@ -206,6 +212,7 @@ def test_the_run_says_what_it_was(text, tmp_path):
     assert "## step 12" in (result.run / "samples.md").read_text()
 
 
+@pytest.mark.slow
 def test_clear_errors(text, tmp_path):
     run = tmp_path / "run"
     train(text, out=str(run), **TINY)
@@ -235,6 +242,7 @@ def test_clear_errors(text, tmp_path):
     assert [path.name for path in keep.iterdir()] == ["precious.txt"]
 
 
+@pytest.mark.slow
 def test_what_a_resumed_run_may_not_change(text, tmp_path):
     run = train(text, out=tmp_path / "run", **TINY).run
     for option in (dict(out="elsewhere"), dict(overwrite=True), dict(val_fraction=0.3),
@@ -290,6 +298,7 @@ def test_names_of_runs(text, tmp_path, monkeypatch):
         == ["runs/book", "runs/book-2", "runs/model", "runs/x-y"]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_stopped_in_the_last_evaluation(text, tmp_path):
     """The last step is done, its evaluation is not: resuming has to make up for it."""
 
@@ -352,6 +361,7 @@ def test_prepared_data_are_as_they_were_prepared(text, tmp_path):
     assert train(tmp_path / "data", out=tmp_path / "run", **TINY, **same).finished
 
 
+@pytest.mark.slow
 def test_an_old_run_goes_only_when_the_new_one_can_start(text, tmp_path, monkeypatch):
     run = train(text, out=tmp_path / "run", **TINY).run
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
@@ -386,6 +396,7 @@ def test_models_of_others_are_not_overwritten(text, tmp_path):
         train(text, out=run, overwrite=True, **TINY)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("before", "now"), [("muon", "adamw"), ("adamw", "muon")])
 def test_another_optimizer_can_not_go_on(text, tmp_path, before, now):
     run = train(text, out=tmp_path / "run", optimizer=before, **TINY).run
@@ -394,6 +405,7 @@ def test_another_optimizer_can_not_go_on(text, tmp_path, before, now):
     assert train(resume=run, max_steps=14).step == 14
 
 
+@pytest.mark.slow
 def test_the_micro_batch_may_change_when_resuming(text, tmp_path):
     sizes = []
 
