@@ -84,8 +84,7 @@ def _onnx(checkpoint: Checkpoint, out: Path, precision: Precision) -> tuple[floa
 
 def _nanogpt(checkpoint: Checkpoint, out: Path, precision: Precision) -> tuple[float, str]:
     from glassgpt.checkpoints.compare import largest_difference
-    from glassgpt.checkpoints.nanogpt import load_nanogpt
-    from glassgpt.checkpoints.nanogpt_export import save_nanogpt
+    from glassgpt.checkpoints.nanogpt import load_nanogpt, save_nanogpt
 
     config, weights = checkpoint.config, checkpoint.weights
     save_nanogpt(config, weights, checkpoint.tokenizer, out)

@@ -14,7 +14,6 @@ from functools import partial
 from pathlib import Path
 
 from glassgpt.checkpoints import hub
-from glassgpt.checkpoints.nanogpt import load_nanogpt
 from glassgpt.checkpoints.openai import files_of, is_openai, load_openai
 from glassgpt.checkpoints.run_directory import (
     Checkpoint,
@@ -109,6 +108,8 @@ def _nanogpt(path: Path) -> Checkpoint:
                 _refuse_gguf(path)
         if path.suffix != ".pt":
             raise UserError(f"{path} is a file; name the run directory that holds a model")
+    from glassgpt.checkpoints.nanogpt import load_nanogpt  # needs torch
+
     config, weights, tokenizer, facts = load_nanogpt(path)
     tokenizer = tokenizer or build_tokenizer("gpt2", lambda: iter(()))
     return Checkpoint(config, weights, tokenizer, {"source": f"nanoGPT's {path}", **facts})

@@ -1,34 +1,54 @@
-"""nanoGPT's checkpoints (ckpt.pt) and character vocabularies (meta.pkl), read as our models.
+"""nanoGPT's checkpoints (ckpt.pt), read as our models and written for nanoGPT.
 
     config, weights, tokenizer, info = load_nanogpt(Path("out-shakespeare-char"))
+    save_nanogpt(model.config, model.weights, model.tokenizer, Path("out-book"))
 
-The model is nanoGPT's, number for number: same vocabulary, so same logits. Our character
-tokenizers end in `<unk>`, for which such a model has no row; instead of growing one (untrained,
-and a chance of being drawn), characters it never saw are read as a space. Training can go on
-with the weights; AdamW's moments stay behind. The files are read by pickles.py, so nothing in
-them is run. This room writes no file and knows no torch.
+A model that is read is nanoGPT's, number for number: same vocabulary, so same logits. Our character
+tokenizers end in `<unk>`, for which such a model has no row. Instead of adding an untrained row,
+which sampling could draw, characters that the model never saw are read as a space. Training can go
+on with the weights; AdamW's moments are not taken over. The file is read by
+`torch.load(weights_only=True)`, so nothing in it is run.
+
+nanoGPT knows one architecture: GPT-2's, with the head tied to the token table, an MLP four times
+as wide as the residual stream, and the exact GELU. OpenAI's GPT-2 uses the tanh approximation;
+nanoGPT loads it all the same, so it is written too, and the difference of the logits is reported.
 """
 
 from __future__ import annotations
 
+import io
 import os
+import pickle
+import warnings
+import zipfile
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from glassgpt.checkpoints.huggingface import gpt2_names
-from glassgpt.checkpoints.pickles import StoredTensor, TorchArchive, read_pickle
 from glassgpt.checkpoints.tensors import Lazy
 from glassgpt.config import ModelConfig
-from glassgpt.errors import UserError
-from glassgpt.tokenizers.tokenizer import UNKNOWN, CharTokenizer, Tokenizer
+from glassgpt.errors import UserError, explain_os_errors
+from glassgpt.system import write_file
+from glassgpt.tokenizers.nanogpt_meta import LARGEST_PICKLE, inspect_pickle, tokenizer_of_meta
+from glassgpt.tokenizers.tokenizer import CharTokenizer, Tokenizer
 
 GPT2_VOCABULARIES = (50257, 50304)  # nanoGPT pads OpenAI's to a multiple of 64
-_SIZES = {"vocab_size": "vocab_size", "block_size": "context_length", "n_layer": "n_layer",
-          "n_head": "n_head", "n_embd": "n_embd"}  # fmt: skip
+_SIZES = {
+    "vocab_size": "vocab_size",
+    "block_size": "context_length",
+    "n_layer": "n_layer",
+    "n_head": "n_head",
+    "n_embd": "n_embd",
+}
+# Modules whose names torch.load is asked to judge; any other is refused before it is asked.
+_KNOWN = ("torch.", "collections.")
+
+# -- reading -------------------------------------------------------------------------------------
 
 
 def load_nanogpt(
@@ -43,19 +63,18 @@ def load_nanogpt(
     file = path / "ckpt.pt" if path.is_dir() else path
     if not file.exists():
         raise UserError(f"{file} does not exist; name nanoGPT's ckpt.pt or the folder it lies in")
-    archive = TorchArchive(file)
-    saved = archive.content
+    saved = _load(file)
     if not all(isinstance(_get(saved, key), dict) for key in ("model", "model_args")):
         raise UserError(f"{file} is no checkpoint of nanoGPT: model and model_args are missing")
     config = _config(saved["model_args"], file)
-    weights = _weights(config, archive, saved["model"])
+    weights = _weights(config, file, saved["model"])
     options = _get(saved, "config")
     tokenizer = _tokenizer(file, _get(options, "dataset"), config)
     info: dict[str, Any] = {}
     for key in ("iter_num", "best_val_loss"):
         value = _get(saved, key)
-        if isinstance(value, StoredTensor) and value.size == ():
-            value = archive.array(value).item()
+        if isinstance(value, torch.Tensor) and value.numel() == 1:
+            value = value.item()
         if isinstance(value, int | float):
             info[key] = value
     if isinstance(options, dict):
@@ -64,28 +83,42 @@ def load_nanogpt(
     return config, weights, tokenizer, info
 
 
-def read_meta(path: Path) -> CharTokenizer:
-    """The tokenizer of a meta.pkl: its characters, in its order, and no token besides.
+def _load(file: Path) -> Any:
+    """What torch.save wrote, as data; tensors are mapped from the file, privately."""
+    try:
+        with explain_os_errors(f"read {file}"), zipfile.ZipFile(file) as archive:
+            entries = archive.infolist()
+            name = next((e.filename for e in entries if e.filename.endswith("/data.pkl")), None)
+            if name is None:
+                raise UserError(f"{file} is no file of torch.save: it holds no data.pkl")
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+                raise UserError(f"{file} is damaged: torch.save does not compress")
+            with archive.open(name) as member:
+                inspect_pickle(member.read(LARGEST_PICKLE + 1), file, _KNOWN)
+            if damaged := archive.testzip():
+                raise UserError(f"{file} is damaged: {damaged!r:.80} does not match its checksum")
+        with warnings.catch_warnings():  # about pickle protocols that may not be understood
+            warnings.simplefilter("ignore", UserWarning)
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except UserError:
+        raise
+    except zipfile.BadZipFile as error:
+        raise UserError(_no_archive(file)) from error
+    except pickle.UnpicklingError as error:
+        raise UserError(f"{file} is damaged, or holds more than tensors and data") from error
+    except Exception as error:  # a damaged or hostile file fails in a dozen ways
+        what = " ".join(str(error).split()) or repr(error)
+        raise UserError(f"{file} is damaged: {what:.100}") from error
 
-    A character outside of it is read as a space, where it has one.
-    """
-    meta = read_pickle(path)
-    itos, size = _get(meta, "itos"), _get(meta, "vocab_size")
-    itos = dict(enumerate(itos)) if isinstance(itos, list) else itos
-    if not isinstance(itos, dict) or type(size) is not int or not 0 < size <= len(itos):
-        raise UserError(f"{path} is no meta.pkl of nanoGPT: no itos for its vocab_size")
-    tokens: list[str] = []
-    for i in range(size):
-        token = itos.get(i)
-        if not isinstance(token, str) or (len(token) != 1 and token != UNKNOWN):
-            raise UserError(f"{path}: token {i} is no character; only characters can be read")
-        if "\ud800" <= token <= "\udfff":
-            raise UserError(f"{path}: token {i} is half a character (a surrogate)")
-        tokens.append(token)
-    if len(set(tokens)) < size:
-        raise UserError(f"{path}: a character stands twice in its itos")
-    unknown = next(token for token in (UNKNOWN, " ", "\n", tokens[0]) if token in tokens)
-    return CharTokenizer.from_tokens(tokens, unknown)
+
+def _no_archive(file: Path) -> str:
+    with open(file, "rb") as opened:
+        start = opened.read(16)
+    if start.startswith(b"PK"):
+        return f"{file} is cut short or damaged"
+    if start.startswith(b"\x80\x02\x8a\x0a"):  # the magic number that older files begin with
+        return f"{file} was written before PyTorch 1.6; save it again with a newer one"
+    return f"{file} is no file of torch.save"
 
 
 def _get(mapping: Any, key: str) -> Any:
@@ -105,11 +138,12 @@ def _config(values: dict, file: Path) -> ModelConfig:
     return ModelConfig.from_shape("gpt2", activation="gelu", bias=bias, dropout=dropout, **sizes)
 
 
-def _weights(config: ModelConfig, archive: TorchArchive, model: dict) -> Lazy:
+def _weights(config: ModelConfig, file: Path, model: dict) -> Lazy:
     """Our names -> arrays. Anything the config does not explain means another architecture."""
-    file, tensors, weights = archive.path, {}, {}
+    tensors: dict[str, torch.Tensor] = {}
+    weights = {}
     for name, tensor in model.items():
-        if not isinstance(name, str) or not isinstance(tensor, StoredTensor):
+        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
             raise UserError(f"{file}: {name!r:.80} of its model is no tensor")
         tensors[_plain(name)] = tensor
     if config.n_layer > len(tensors):
@@ -122,15 +156,20 @@ def _weights(config: ModelConfig, archive: TorchArchive, model: dict) -> Lazy:
         tensor = tensors.pop(theirs, None)
         if tensor is None:
             raise UserError(f"{file}: the tensor {theirs} is missing")
-        archive.array(tensor)  # everything is checked now, and read when it is asked for
-        if tensor.size != shapes[ours]:
+        if tensor.shape != shapes[ours]:
             raise UserError(
-                f"{file}: {theirs} has shape {tensor.size} instead of {shapes[ours]}, "
+                f"{file}: {theirs} has shape {tuple(tensor.shape)} instead of {shapes[ours]}, "
                 "which its model_args call for"
             )
-        weights[ours] = partial(_read, archive, tensor)
+        if not tensor.is_contiguous():  # a small file could claim a tensor larger than memory
+            raise UserError(f"{file}: {theirs} is not stored row by row; call contiguous()")
+        weights[ours] = partial(_read, tensor)
     table = weights["token_embedding.weight"]
-    if head is not None and not np.array_equal(archive.array(head), table(), equal_nan=True):
+    if head is not None and not (
+        head.shape == shapes["token_embedding.weight"]
+        and head.is_contiguous()
+        and np.array_equal(_read(head), table(), equal_nan=True)
+    ):
         raise UserError(f"{file}: lm_head.weight is not transformer.wte.weight; nanoGPT ties them")
     for name in tensors:
         if not name.endswith(".attn.bias"):  # the causal mask, with torch before 2.0
@@ -138,8 +177,8 @@ def _weights(config: ModelConfig, archive: TorchArchive, model: dict) -> Lazy:
     return Lazy(weights)
 
 
-def _read(archive: TorchArchive, tensor: StoredTensor) -> np.ndarray:
-    return np.asarray(archive.array(tensor), dtype=np.float32)
+def _read(tensor: torch.Tensor) -> np.ndarray:
+    return tensor.to(torch.float32, copy=True).numpy()
 
 
 def _plain(name: str) -> str:
@@ -157,7 +196,7 @@ def _tokenizer(file: Path, dataset: Any, config: ModelConfig) -> CharTokenizer |
     for place in places:
         meta = place / "meta.pkl"
         if os.path.isfile(meta):  # False, too, for names that no system allows
-            tokenizer = read_meta(meta)
+            tokenizer = tokenizer_of_meta(meta)
             if tokenizer.vocab_size > config.vocab_size:
                 raise UserError(
                     f"{meta} has {tokenizer.vocab_size} characters, the model in {file} only "
@@ -170,3 +209,88 @@ def _tokenizer(file: Path, dataset: Any, config: ModelConfig) -> CharTokenizer |
         f"{file}: no meta.pkl for its {config.vocab_size} tokens; copy the one from nanoGPT's "
         f"data folder to {file.parent / 'meta.pkl'}"
     )
+
+
+# -- writing -------------------------------------------------------------------------------------
+
+
+def save_nanogpt(
+    config: ModelConfig, weights: Mapping[str, np.ndarray], tokenizer: Tokenizer, folder: Path
+) -> None:
+    """Write ckpt.pt, and meta.pkl for a character tokenizer.
+
+    The checkpoint names `folder` as its data set, which is where sample.py then finds meta.pkl.
+    Training resumes at step 0 with fresh moments, and nanoGPT's default decay and betas.
+    Raises `UserError` for a model or a tokenizer that nanoGPT can't express.
+    """
+    _check(config)
+    meta = _meta(tokenizer)
+    tensors = {
+        theirs: torch.from_numpy(np.array(weights[ours], dtype=np.float32, order="C"))
+        for theirs, ours, _ in gpt2_names(config)
+        if ours in weights
+    }
+    tensors["lm_head.weight"] = tensors["transformer.wte.weight"]
+    content: dict[str, Any] = {
+        "model": tensors,
+        "optimizer": _fresh_optimizer(config),
+        "model_args": {
+            "n_layer": config.n_layer,
+            "n_head": config.n_head,
+            "n_embd": config.n_embd,
+            "block_size": config.context_length,
+            "bias": config.bias,
+            "vocab_size": config.vocab_size,
+            "dropout": config.dropout,
+        },
+        "iter_num": 0,
+        "best_val_loss": 1e9,
+        "config": {"dataset": str(folder.absolute())},
+    }
+    archive = io.BytesIO()
+    torch.save(content, archive)
+    with explain_os_errors(f"write {folder}"):
+        folder.mkdir(parents=True, exist_ok=True)
+    write_file(folder / "ckpt.pt", archive.getvalue())
+    if meta is not None:
+        write_file(folder / "meta.pkl", pickle.dumps(meta))
+    else:  # of an earlier export: it would be taken for this model's
+        (folder / "meta.pkl").unlink(missing_ok=True)
+
+
+def _check(config: ModelConfig) -> None:
+    limits = {
+        "a model of the modern shape": config.family != "gpt2",
+        f"activation={config.activation}": config.activation not in ("gelu", "gelu_tanh"),
+        "a head of its own (tie_embeddings=False)": not config.tie_embeddings,
+        f"n_hidden={config.n_hidden} (only 4 n_embd)": config.n_hidden != 4 * config.n_embd,
+        f"norm_eps={config.norm_eps} (only 1e-05)": config.norm_eps != 1e-5,
+    }
+    for what, beyond in limits.items():
+        if beyond:
+            raise UserError(f"nanoGPT can't express {what}; export the model to another format")
+
+
+def _meta(tokenizer: Tokenizer) -> dict[str, Any] | None:
+    """The content of meta.pkl; None for GPT-2's tokenizer, which nanoGPT assumes without one."""
+    if tokenizer.kind == "char":
+        vocab = tokenizer.spec["model"]["vocab"]
+        itos = {i: token for token, i in vocab.items()}
+        return {"vocab_size": len(vocab), "itos": itos, "stoi": dict(vocab)}
+    # No table of 50,257 tokens is at hand to compare with; these are its ids of two words.
+    if tokenizer.vocab_size == 50257 and tokenizer.encode("Hello world") == [15496, 995]:
+        return None
+    raise UserError(
+        f"nanoGPT can't express a {tokenizer.kind} tokenizer of {tokenizer.vocab_size} tokens; "
+        "it reads characters or GPT-2's tokens"
+    )
+
+
+def _fresh_optimizer(config: ModelConfig) -> dict[str, Any]:
+    """AdamW's state before its first step, in nanoGPT's two groups: matrices, and the rest."""
+    matrices = [len(shape) > 1 for shape in config.weight_shapes.values()]
+    groups = [
+        {"params": [torch.zeros(1) for _ in range(n)], "weight_decay": decay}
+        for n, decay in ((sum(matrices), 0.1), (len(matrices) - sum(matrices), 0.0))
+    ]
+    return torch.optim.AdamW(groups, lr=6e-4, betas=(0.9, 0.95)).state_dict()

@@ -18,9 +18,9 @@ from typing import Protocol
 
 import numpy as np
 
-from glassgpt.checkpoints.nanogpt import read_meta
 from glassgpt.data.prepared import is_prepared as is_prepared  # whoever loads data asks that first
 from glassgpt.errors import UserError, explain_os_errors, first_of
+from glassgpt.tokenizers.nanogpt_meta import tokenizer_of_meta
 from glassgpt.tokenizers.tokenizer import Tokenizer, fingerprint, load_tokenizer
 
 IGNORE = -100  # a target that carries no loss
@@ -228,7 +228,7 @@ def _map(path: Path, dtype: str) -> np.ndarray:
 
 def _load_nanogpt(path: Path) -> Dataset:
     if (path / "meta.pkl").exists():
-        tokenizer: Tokenizer = read_meta(path / "meta.pkl")
+        tokenizer: Tokenizer = tokenizer_of_meta(path / "meta.pkl")
     else:  # nanoGPT's own rule: no meta.pkl means GPT-2's BPE
         from glassgpt.tokenizers.vocabulary import build_tokenizer
 
