@@ -99,6 +99,13 @@ def tiny_model(config: ModelConfig, seed: int = 0) -> GPT:
     return model
 
 
+def classifier_weights(model: GPT) -> dict[str, Any]:
+    """What a `Checkpoint` with labels takes: the body's weights and "score.weight"."""
+    state = {name: tensor.detach().cpu().numpy() for name, tensor in model.state_dict().items()}
+    body = {name: state[name] for name in model.config.weight_shapes if name != "head.weight"}
+    return body | {"score.weight": state["head.weight"]}
+
+
 def weights_of(model: GPT) -> dict[str, Any]:
     """The model's weights as NumPy arrays, under the names that config.weight_shapes lists."""
     state = model.state_dict()

@@ -7,25 +7,20 @@ from __future__ import annotations
 
 import logging
 import operator
-import sys
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from glassgpt.checkpoints.load import load_pretrained
 from glassgpt.checkpoints.run_directory import Checkpoint, require_language_model
 from glassgpt.config import DEVICES, EngineName, ModelConfig, Sampling, WeightPrecision
 from glassgpt.errors import UserError, nearest
 from glassgpt.inference.engines import Engine
-from glassgpt.inference.engines.choose import build_engine, check_choice
+from glassgpt.inference.engines.choose import build_engine
 from glassgpt.inference.generate import Piece, complete, stream
-from glassgpt.reporting.terminal import aligned
 from glassgpt.system import Reporter
-from glassgpt.tokenizers.tokenizer import Tokenizer, unknown_note
+from glassgpt.tokenizers.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from glassgpt.interpret.trace import Trace
@@ -33,6 +28,7 @@ if TYPE_CHECKING:
 
 
 Prompt = str | Sequence[int]
+_ENGINE_OPTIONS = ("engine", "weights", "threads")
 
 
 class _Logged(Reporter):
@@ -87,7 +83,6 @@ class LoadedModel:
         """What computes when text is generated, with rows of its own; the last one's weights are
         kept. On a GPU, `compile` makes steps faster after half a minute of preparation."""
         require_language_model(self.checkpoint, self.name)
-        threads = check_choice(self.device, engine, weights, threads)
         wanted = engine, weights, threads, compile
         if self._engine is None or self._engine[0] != wanted:
             self._engine = None  # before the next one: only one copy of the weights at a time
@@ -111,39 +106,47 @@ class LoadedModel:
                                 f"{self.config.vocab_size}")  # fmt: skip
         return tokens
 
-    def generate(
-        self,
-        prompt: Prompt | Sequence[Prompt] = "",
-        *,
-        stream: bool = False,
-        engine: EngineName = "auto",
-        weights: WeightPrecision = "float32",
-        threads: int | None = None,
-        **options: Any,
-    ) -> Piece | list[Piece] | list[list[Piece]] | Iterator[Piece]:
-        """Continue `prompt`; options are the fields of `glassgpt.inference.generate.Sampling`.
+    def generate(self, prompt: Prompt = "", **options: Any) -> Piece:
+        """Continue `prompt`: the text is in `.text`, why it ended in `.finish_reason`.
 
-        engine: "numba", "numpy", "torch", "gpu", or what is fastest here; weights: "float32",
-        "int8", "int4", on a GPU "bfloat16".
-        Returns a `Piece` (`.text`, `.finish_reason`), or a list of them for num_samples > 1. Of
-        a list of prompts, each continues as it would alone: returns a list of what each gives.
-        With `stream=True`, an iterator of pieces as they come (`.prompt`, `.sample`: of which).
+        `options` are the fields of `glassgpt.config.Sampling`, and `engine`, `weights` and
+        `threads` as in `engine`.
         """
+        return complete(*self._what_to_write([prompt], 1, options))[0]
+
+    def generate_many(
+        self, prompts: Sequence[Prompt], *, n: int = 1, **options: Any
+    ) -> list[Piece]:
+        """Continue each prompt `n` times, side by side: each as it would continue alone.
+
+        Returns the pieces prompt by prompt; `.prompt` and `.sample` count from 0. The first sample
+        of a prompt is what `generate` gives.
+        """
+        if isinstance(prompts, str):
+            raise UserError(f"generate_many takes a list of prompts; of one: [{prompts!r}]")
+        return complete(*self._what_to_write(prompts, n, options))
+
+    def stream(self, *prompts: Prompt, n: int = 1, **options: Any) -> Iterator[Piece]:
+        """The same texts as `generate_many` gives, in pieces as they are written.
+
+        Of several texts the pieces come mixed; `.prompt` and `.sample` say which text has grown.
+        """
+        return stream(*self._what_to_write(prompts or [""], n, options))
+
+    def _what_to_write(
+        self, prompts: Sequence[Prompt], n: int, options: dict[str, Any]
+    ) -> tuple[Engine, Tokenizer, list[list[int]], Sampling, tuple[int, ...]]:
+        """The arguments of `complete` and `stream`."""
+        choice = {name: options.pop(name) for name in _ENGINE_OPTIONS if name in options}
+        if "num_samples" in options:
+            raise UserError("num_samples: several texts come from generate_many(prompts, n=...)")
         names = Sampling.__dataclass_fields__
         for name in options:
             if name not in names:
                 raise UserError(f"unknown option {name!r}.{nearest(name, names)}")
-        how = Sampling(**options)
-        several = _is_several(prompt)
-        prompts = [self.encode_prompt(one) for one in (prompt if several else [prompt])]  # type: ignore
-        chosen = self.engine(engine, weights, threads)
-        if stream:
-            return _stream(chosen, self.tokenizer, prompts, how, self.checkpoint.ends)
-        pieces = complete(chosen, self.tokenizer, prompts, how, self.checkpoint.ends)
-        n = how.num_samples
-        starts = range(0, len(pieces), n)
-        completed = [pieces[i : i + n] for i in starts] if n > 1 else pieces
-        return completed if several else completed[0]
+        ids = [self.encode_prompt(prompt) for prompt in prompts]
+        how = Sampling(**options, num_samples=n)
+        return self.engine(**choice), self.tokenizer, ids, how, self.checkpoint.ends
 
     def answer(self, messages: Sequence[dict[str, str]], **options: Any) -> str:
         """What the assistant says next, in a conversation of {"role": ..., "content": ...}.
@@ -157,9 +160,7 @@ class LoadedModel:
 
         chat = Chat(self.checkpoint.chat_template, self.tokenizer)
         ids = chat.prompt([Said(one["role"], one["content"]) for one in messages])
-        piece = self.generate(ids, **options)
-        assert isinstance(piece, Piece)
-        return piece.text
+        return self.generate(ids, **options).text
 
     def trace(self, prompt: Prompt, *, off: Sequence[str] = ()) -> Trace:
         """What the model computes while it reads a text: every activation by name, as arrays.
@@ -184,62 +185,9 @@ class LoadedModel:
         if not self.labels:
             raise UserError(f"{self.name} is no classifier: it continues a text "
                             f'(glassgpt sample {self.name} --prompt "...")')  # fmt: skip
-        from glassgpt.inference.classify import probabilities
+        from glassgpt.inference.classify import label_probabilities
 
         texts = [texts] if isinstance(texts, str) else texts
-        rows = probabilities(self.model, self.tokenizer, texts).tolist()
+        rows = label_probabilities(self.model, self.tokenizer, texts).tolist()
         pairs = (zip(self.labels, row, strict=True) for row in rows)
         return [dict(sorted(pair, key=lambda one: -one[1])) for pair in pairs]
-
-
-_stream = stream  # `generate` has an argument of the same name
-
-
-def _is_several(prompt: object) -> bool:
-    """Whether this is a list of prompts; a list of ids, also an empty one, is a single one."""
-    if isinstance(prompt, str) or not isinstance(prompt, Sequence):
-        return False
-    return any(isinstance(one, (Sequence, np.ndarray)) for one in prompt)
-
-
-def print_labels(model: LoadedModel, text: str) -> None:
-    """What `glassgpt sample --text` shows: labels on stdout, notes on stderr."""
-    from glassgpt.inference.classify import encode_text
-
-    found = model.classify(text)[0]
-    note = unknown_note(model.tokenizer, text)
-    if note:
-        print(f"note: {note}", file=sys.stderr)
-    if len(encode_text(model.tokenizer, text)) > model.config.context_length:
-        print(f"note: only the first {model.config.context_length} tokens of the text are read",
-              file=sys.stderr)  # fmt: skip
-    print(aligned([(label, f"{probability:.4f}") for label, probability in found.items()]))
-
-
-def print_samples(
-    model: LoadedModel, engine: Engine, prompt: str, how: Sampling, *, show_prompt: bool
-) -> None:
-    """What `glassgpt sample` shows: text on stdout as it comes, notes on stderr."""
-    note = unknown_note(model.tokenizer, prompt)
-    if note:
-        print(f"note: {note}", file=sys.stderr)
-    prompts = [model.encode_prompt(prompt)]
-    opening = prompt if show_prompt else ""
-    if how.num_samples == 1:
-        print(opening, end="", flush=True)
-        reason = None
-        for piece in stream(engine, model.tokenizer, prompts, how, model.checkpoint.ends):
-            print(piece.text, end="", flush=True)
-            reason = piece.finish_reason or reason
-        print(flush=True)
-        print(f"[{reason}]", file=sys.stderr)
-        return
-    texts, reasons, shown = defaultdict(str), {}, 0
-    for piece in stream(engine, model.tokenizer, prompts, how, model.checkpoint.ends):
-        texts[piece.sample] += piece.text
-        if piece.finish_reason:
-            reasons[piece.sample] = piece.finish_reason
-        while shown in reasons:  # in order, each as soon as it can be
-            print(f"--- sample {shown + 1} [{reasons[shown]}]")
-            print(opening + texts.pop(shown), flush=True)
-            shown += 1

@@ -124,7 +124,7 @@ def test_two_texts_at_a_time_are_what_each_is_alone(engine):
     model, how = glassgpt.load(RUN), {"max_new_tokens": 40, "engine": engine, "seed": 3}
     prompts = ["The small", "a", "under the table"]
     alone = [model.generate(prompt, **how).text for prompt in prompts]
-    streams = [model.generate(prompt, stream=True, **how) for prompt in prompts]
+    streams = [model.stream(prompt, **how) for prompt in prompts]
     texts = [""] * len(prompts)
     for pieces in itertools.zip_longest(*streams):
         for i, piece in enumerate(pieces):
@@ -141,7 +141,7 @@ def test_the_api_refuses_what_is_no_number(expected):
         with pytest.raises(UserError):
             model.generate("a", max_new_tokens=1, **options)
     assert model.generate("a", max_new_tokens=1, threads=np.int64(2))
-    texts = model.generate([np.array([1, 2]), np.array([3])], max_new_tokens=2)
+    texts = model.generate_many([np.array([1, 2]), np.array([3])], max_new_tokens=2)
     assert len(texts) == 2
 
 

@@ -212,21 +212,21 @@ def test_drawing_gives_the_text_of_glassgpt_sample(explorer: Views, seed: int):
     expected = explorer.loaded.generate(TEXT, max_new_tokens=23, seed=seed, engine="torch", **how)
     path = explorer.page.locator(".tree [aria-current]").get_attribute("data-index")
     ids = [int(one) for one in path.split(",")]
-    assert explorer.loaded.tokenizer.decode(ids) == expected.text  # type: ignore[union-attr]
+    assert explorer.loaded.tokenizer.decode(ids) == expected.text
 
 
 def test_an_empty_text_begins_as_sample_does(modern: Views):
     modern.open("next", text="", sampling={"repetition_penalty": 1.5})
     modern.press('[data-act="drawMany"]')
     expected = modern.loaded.generate("", max_new_tokens=20, repetition_penalty=1.5, engine="torch")
-    assert drawn_text(modern) == expected.text  # type: ignore[union-attr]
+    assert drawn_text(modern) == expected.text
 
 
 def test_another_sample_is_sample_s_second_text(modern: Views):
     modern.open("next", TEXT, sample=1)
     modern.press('[data-act="drawMany"]')
-    both = modern.loaded.generate(TEXT, max_new_tokens=20, num_samples=2, engine="torch")
-    assert drawn_text(modern) == both[1].text  # type: ignore[index,union-attr]
+    both = modern.loaded.generate_many([TEXT], n=2, max_new_tokens=20, engine="torch")
+    assert drawn_text(modern) == both[1].text
 
 
 def test_force_branch_and_undo_grow_one_tree(modern: Views):

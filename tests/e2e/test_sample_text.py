@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 import glassgpt
-from conftest import refuse, tiny_config, tiny_model, weights_of
+from conftest import classifier_weights, refuse, tiny_config, tiny_model, weights_of
 from glassgpt.checkpoints.run_directory import Checkpoint, save_model
 from glassgpt.cli.app import main
-from glassgpt.inference.classify import set_score_head, weights_to_save
+from glassgpt.inference.classify import set_score_head
 from glassgpt.tokenizers.tokenizer import CharTokenizer, byte_tokenizer
 
 pytestmark = pytest.mark.slow
@@ -26,7 +26,7 @@ def run(tmp_path: Path) -> Path:
     config = tiny_config("modern", vocab_size=257)
     model = tiny_model(config)
     set_score_head(model, len(LABELS))
-    weights = weights_to_save(model)
+    weights = classifier_weights(model)
     weights["score.weight"] *= 40
     save_model(tmp_path / "run", Checkpoint(config, weights, byte_tokenizer(), labels=LABELS))
     return tmp_path / "run"

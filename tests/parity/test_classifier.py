@@ -21,12 +21,12 @@ from transformers import (
 )
 
 import glassgpt
-from conftest import tiny_config, tiny_model
+from conftest import classifier_weights, tiny_config, tiny_model
 from glassgpt.checkpoints.run_directory import Checkpoint, load_model, save_model
 from glassgpt.checkpoints.tensors import SafeTensors
 from glassgpt.config import ModelConfig
 from glassgpt.errors import UserError
-from glassgpt.inference.classify import classifier, encode_text, set_score_head, weights_to_save
+from glassgpt.inference.classify import classifier, encode_text, set_score_head
 from glassgpt.tokenizers.tokenizer import CharTokenizer, Tokenizer, from_spec, to_files, train_bpe
 
 LABELS = ("ham", "spam", "not sure / 好")
@@ -82,7 +82,7 @@ def save_ours(folder: Path, config: ModelConfig, tokenizer: Tokenizer) -> Checkp
     generator = torch.Generator().manual_seed(8)
     with torch.no_grad():
         model.head.weight.copy_(torch.randn(model.head.weight.shape, generator=generator))
-    checkpoint = Checkpoint(config, weights_to_save(model), tokenizer, labels=LABELS)
+    checkpoint = Checkpoint(config, classifier_weights(model), tokenizer, labels=LABELS)
     save_model(folder, checkpoint)
     return checkpoint
 

@@ -12,8 +12,12 @@ from transformers import AutoConfig, AutoTokenizer
 
 from conftest import tiny_config, tiny_model, weights_of
 from glassgpt.checkpoints.run_directory import Checkpoint, save_model
-from glassgpt.inference.generate import IncrementalDecoder
-from glassgpt.tokenizers.tokenizer import BPETokenizer, LibraryTokenizer, load_tokenizer
+from glassgpt.tokenizers.tokenizer import (
+    BPETokenizer,
+    IncrementalDecoder,
+    LibraryTokenizer,
+    load_tokenizer,
+)
 from glassgpt.tokenizers.tokenizer_json import byte_alphabet
 
 CORPUS = ["The Wizard of Oz 1900, 1908 and 1,234.5; don't we'll 😀 你好 naïve\n\n\tZwölf"] * 9

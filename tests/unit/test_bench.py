@@ -120,7 +120,7 @@ def test_bad_numbers(checkpoint) -> None:
 def test_the_share_of_the_memory_speed() -> None:
     speed = DecodeSpeed("numba int8", 2_000_000, {32: 500.0}, {1: 60.0, 8: 250.0})
     assert speed.share(1e9) == pytest.approx(0.12)
-    header, row = bench.table([speed], 1e9).splitlines()
+    header, row = bench.speed_table([speed], 1e9).splitlines()
     assert header.split("  ")[0] == "tokens/s"
     assert row.split() == ["numba", "int8", "500", "60.0", "250", "2.0", "12%"]
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import tiny_config, tiny_model
+from conftest import classifier_weights, tiny_config, tiny_model
 from glassgpt.errors import UserError
 from glassgpt.inference import classify
 from glassgpt.inference.classify import (
@@ -16,11 +16,10 @@ from glassgpt.inference.classify import (
     classifier,
     encode_text,
     example_probabilities,
+    label_probabilities,
     metrics,
-    probabilities,
+    metrics_table,
     set_score_head,
-    table,
-    weights_to_save,
 )
 from glassgpt.model import GPT
 from glassgpt.reporting import loss_curves as plot
@@ -68,7 +67,7 @@ def test_a_new_head(name: str) -> None:
 @pytest.mark.parametrize("name", SHAPES)
 def test_saved_weights_make_the_same_classifier(name: str) -> None:
     model = tiny_classifier(name)
-    weights = weights_to_save(model)
+    weights = classifier_weights(model)
     body = SHAPES[name].weight_shapes.keys() - {"head.weight"}
     assert weights.keys() == body | {"score.weight"}
     state = torch.random.get_rng_state()
@@ -127,11 +126,11 @@ def test_texts_are_cut_at_the_context_and_empty_ones_refused() -> None:
     model = tiny_model(tiny_config("modern", vocab_size=257))
     set_score_head(model, 2)
     whole = "Just 13 bytes"
-    found = probabilities(model, byte_tokenizer(), [whole, whole + " and more", whole[:-1]])
+    found = label_probabilities(model, byte_tokenizer(), [whole, whole + " and more", whole[:-1]])
     np.testing.assert_allclose(found[0], found[1], rtol=0, atol=1e-6)
     assert abs(found[0] - found[2]).max() > 1e-4
     with pytest.raises(UserError, match="text 2 is empty"):
-        probabilities(model, byte_tokenizer(), ["a", ""])
+        label_probabilities(model, byte_tokenizer(), ["a", ""])
 
 
 # -- measures ------------------------------------------------------------------------------------
@@ -174,7 +173,7 @@ def test_all_right_and_nothing_at_all() -> None:
 
 def test_the_table() -> None:
     found = metrics([0, 0, 0, 1, 1], [0, 0, 1, 1, 0], 2)
-    lines = table(found, ["bad\nword", "x" * 60]).splitlines()
+    lines = metrics_table(found, ["bad\nword", "x" * 60]).splitlines()
     assert lines[0].split() == ["class", "precision", "recall", "F1", "examples"]
     assert lines[1].split() == ["bad", "word", "0.667", "0.667", "0.667", "3"]
     assert lines[2].split() == ["x" * 40, "0.500", "0.500", "0.500", "2"]

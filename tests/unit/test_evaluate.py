@@ -17,8 +17,8 @@ from glassgpt.errors import UserError
 from glassgpt.evaluation import text_loss as evaluate
 from glassgpt.evaluation.text_loss import (
     TextLoss,
+    loss_table,
     read_text,
-    table,
     text_loss,
     token_losses,
     windows,
@@ -179,9 +179,9 @@ def test_texts_that_can_not_be_read(tmp_path, monkeypatch) -> None:
 
 def test_the_table_compares_with_float32() -> None:
     exact, worse = TextLoss(2.0, 9, 12), TextLoss(2.01, 9, 12)
-    header, first, second = table({"float32": exact, "int8": worse}).splitlines()
+    header, first, second = loss_table({"float32": exact, "int8": worse}).splitlines()
     assert header.endswith("loss against float32")
     assert first.split() == ["float32", "2.0000", "7.389", "2.1640", "9"]
     assert second.split() == ["int8", "2.0100", "7.463", "2.1749", "9", "+0.500%"]
     for alone in ({"float32": exact}, {"int8": worse}, {"int8": worse, "int4": worse}):
-        assert "against" not in table(alone)
+        assert "against" not in loss_table(alone)

@@ -19,7 +19,7 @@ from glassgpt.config import ModelConfig, Sampling
 from glassgpt.errors import UserError
 from glassgpt.inference import generate
 from glassgpt.inference.engines.reference import ReferenceEngine
-from glassgpt.inference.generate import Piece, complete, stream, window
+from glassgpt.inference.generate import Piece, complete, context_start, stream
 from glassgpt.model import GPT
 from glassgpt.tokenizers.tokenizer import CharTokenizer, Tokenizer, byte_tokenizer, unknown_note
 
@@ -373,10 +373,14 @@ def test_sliding_with_a_cache_is_sliding_without(
     assert len(cached) == n
 
 
-def test_the_window_is_half_a_context() -> None:
-    tokens = list(range(26))
-    assert window(tokens, 13) == list(range(20, 26))
-    assert window(tokens, 1) == [25]
+@pytest.mark.parametrize("context", [1, 2, 3, 12, 13])
+def test_a_text_that_outgrows_the_context_restarts_with_half(context: int) -> None:
+    for n_prompt in range(1, 30):
+        start, held = max(0, n_prompt - context), min(n_prompt, context)
+        assert context_start(n_prompt, n_prompt, context) == start
+        for n_tokens in range(n_prompt + 1, 60):  # one more each time
+            held = max(1, context // 2) if held == context else held + 1
+            assert context_start(n_prompt, n_tokens, context) == n_tokens - held
 
 
 def test_sampling_leaves_the_model_as_it_was() -> None:
@@ -387,7 +391,7 @@ def test_sampling_leaves_the_model_as_it_was() -> None:
     assert not model.training
 
 
-# -- the same by way of glassgpt.load(...).generate ----------------------------------------------
+# -- the same with glassgpt.load(...).generate ---------------------------------------------------
 
 
 def loaded(config: ModelConfig, tokenizer: Tokenizer | None = None) -> LoadedModel:
@@ -400,9 +404,9 @@ def test_generate_takes_text_or_ids() -> None:
     model = loaded(tiny_config())
     piece = model.generate("hello", max_new_tokens=15, seed=4)
     assert piece == model.generate(model.tokenizer.encode("hello"), max_new_tokens=15, seed=4)
-    streamed = model.generate("hello", max_new_tokens=15, seed=4, stream=True)
+    streamed = model.stream("hello", max_new_tokens=15, seed=4)
     assert text_of(list(streamed)) == piece.text
-    several = model.generate("hello", max_new_tokens=15, seed=4, num_samples=2)
+    several = model.generate_many(["hello"], n=2, max_new_tokens=15, seed=4)
     assert several[0] == piece
 
 
@@ -411,19 +415,21 @@ def test_generate_takes_several_prompts() -> None:
     hello, a = model.tokenizer.encode("hello"), model.tokenizer.encode("a")
     alone = [model.generate(prompt, max_new_tokens=9) for prompt in ("hello", "", "a")]
     for prompts in (["hello", "", "a"], [hello, [], "a"], (tuple(hello), "", a)):
-        pieces = model.generate(prompts, max_new_tokens=9)
+        pieces = model.generate_many(prompts, max_new_tokens=9)
         assert [piece.text for piece in pieces] == [piece.text for piece in alone]
         assert [piece.prompt for piece in pieces] == [0, 1, 2]
-    several = model.generate(["hello", ""], max_new_tokens=9, num_samples=2)
-    assert [len(samples) for samples in several] == [2, 2]
-    assert several[1] == [replace(piece, prompt=1) for piece in
-                          model.generate("", max_new_tokens=9, num_samples=2)]  # fmt: skip
-    streamed = list(model.generate(["hello", ""], max_new_tokens=9, num_samples=2, stream=True))
-    assert text_of([piece for piece in streamed if piece.prompt == 1], 1) == several[1][1].text
-    # One of many is a list, and a list of ids, also an empty one, is a single prompt.
-    assert model.generate(["hello"], max_new_tokens=9) == [alone[0]]
+    several = model.generate_many(["hello", ""], n=2, max_new_tokens=9)
+    assert [(piece.prompt, piece.sample) for piece in several] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    one = model.generate_many([""], n=2, max_new_tokens=9)
+    assert several[2:] == [replace(piece, prompt=1) for piece in one]
+    streamed = list(model.stream("hello", "", n=2, max_new_tokens=9))
+    assert text_of([piece for piece in streamed if piece.prompt == 1], 1) == several[3].text
+    # A list of ids is a prompt, also an empty one; a text is no list of prompts.
     assert model.generate([], max_new_tokens=9) == alone[1]
-    assert model.generate([[]], max_new_tokens=9) == [alone[1]]
+    assert model.generate_many([[]], max_new_tokens=9) == [alone[1]]
+    assert model.generate_many([]) == []
+    with pytest.raises(UserError, match="takes a list of prompts"):
+        model.generate_many("hello")
 
 
 def test_a_prompt_may_hold_the_end_of_text() -> None:
@@ -436,6 +442,8 @@ def test_generate_refuses_what_it_can_not_do() -> None:
     model = loaded(tiny_config())
     with pytest.raises(UserError, match="'temperatur'.*Did you mean 'temperature'"):
         model.generate("x", temperatur=0.5)
+    with pytest.raises(UserError, match="num_samples: .*generate_many"):
+        model.generate("x", num_samples=2)
     for ids in ([37], [-1], [3, 99]):
         with pytest.raises(UserError, match="outside the vocabulary of 37"):
             model.generate(ids)
@@ -456,7 +464,7 @@ def test_a_model_of_nan_says_so() -> None:
 def test_a_prompt_of_padded_ids_is_no_crash() -> None:
     """A vocabulary padded to a round number has ids that the tokenizer never makes."""
     model = loaded(tiny_config(vocab_size=40), CharTokenizer.from_characters("abc"))
-    assert model.generate([39, 1], max_new_tokens=3, repetition_penalty=1.2).text  # type: ignore
+    assert model.generate([39, 1], max_new_tokens=3, repetition_penalty=1.2).text
 
 
 @pytest.mark.parametrize("prompt", [None, 3, [None], [0.5], [["a"]], ["a", 3], [[1], None]])
@@ -468,10 +476,10 @@ def test_prompts_of_other_types_are_refused(prompt: Any) -> None:
 def test_many_samples_come_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     """What memory can't hold side by side comes one after the other, and is the same text."""
     model = loaded(tiny_config(vocab_size=28), CharTokenizer.from_characters(LETTERS[:27]))
-    together = model.generate("abc", num_samples=7, max_new_tokens=5)
+    together = model.generate_many(["abc"], n=7, max_new_tokens=5)
     per_row = 2 * 2 * 3 * 4 * 13  # keys and values x layers x heads x head_dim x context
     monkeypatch.setattr(generate, "_CACHE_NUMBERS", 2 * per_row)
-    assert model.generate("abc", num_samples=7, max_new_tokens=5) == together
+    assert model.generate_many(["abc"], n=7, max_new_tokens=5) == together
     engine, prompt = Uncached(model.model), model.tokenizer.encode("abc")
     how = Sampling(num_samples=3, max_new_tokens=5)
     pieces = complete(engine, model.tokenizer, [prompt, [7], prompt], how)

@@ -14,7 +14,7 @@ from hypothesis.extra.numpy import arrays
 from glassgpt.config import Sampling
 from glassgpt.errors import UserError
 from glassgpt.inference.generate import (
-    draw,
+    draw_token,
     filter_logits,
     keep_min_p,
     keep_top_k,
@@ -130,7 +130,7 @@ def test_without_options_nothing_changes(logits: np.ndarray, seen: list[int]) ->
 def test_temperature_zero_is_greedy(logits: np.ndarray, seed: int) -> None:
     filtered = filter_logits(logits, [], Sampling(temperature=0, top_p=0.5))
     assert kept(filtered) == {int(np.argmax(logits))}
-    assert draw(filtered, seed=seed, sample=3, position=9) == np.argmax(logits)
+    assert draw_token(filtered, seed=seed, sample=3, position=9) == np.argmax(logits)
 
 
 @pytest.mark.parametrize("temperature", [1e-300, 1e-40, 1e-5, 1e5, 1e300])
@@ -177,7 +177,7 @@ def test_filters_and_draw_are_what_sorting_everything_gives(spread: float, round
             number = np.random.Generator(np.random.Philox(key=[3, 4], counter=V)).random()
             cumulative = np.cumsum(probabilities(filtered))
             expected = np.searchsorted(cumulative, number * cumulative[-1], side="right")
-            assert draw(filtered, seed=3, sample=4, position=V) == expected
+            assert draw_token(filtered, seed=3, sample=4, position=V) == expected
         assert np.array_equal(logits, before)
 
 
@@ -190,7 +190,7 @@ def test_draws_follow_the_distribution(vary: str) -> None:
     logits = np.log([0.5, 0.02, 0.28, 1e-9, 0.2 - 1e-9])
     n = 4000
     fixed = {"seed": 11, "sample": 5, "position": 3}
-    tokens = np.array([draw(logits, **(fixed | {vary: i})) for i in range(n)])
+    tokens = np.array([draw_token(logits, **(fixed | {vary: i})) for i in range(n)])
     chance = probabilities(logits)
     counts = np.bincount(tokens, minlength=5)
     assert counts[3] == 0
@@ -204,10 +204,10 @@ def test_draws_follow_the_distribution(vary: str) -> None:
 
 def test_a_draw_is_a_function_of_its_coordinates() -> None:
     logits = np.zeros(10_000)
-    first = draw(logits, seed=1, sample=2, position=3)
-    assert draw(logits, seed=1, sample=2, position=3) == first
+    first = draw_token(logits, seed=1, sample=2, position=3)
+    assert draw_token(logits, seed=1, sample=2, position=3) == first
     others = [
-        draw(logits, seed=seed, sample=sample, position=position)
+        draw_token(logits, seed=seed, sample=sample, position=position)
         for seed, sample, position in itertools.product((1, 2, 3), repeat=3)
         if (seed, sample, position) != (1, 2, 3)
     ]
@@ -217,7 +217,7 @@ def test_a_draw_is_a_function_of_its_coordinates() -> None:
 @given(logits=LOGITS, position=st.integers(0, 1000), k=st.integers(1, 30))
 def test_what_is_left_out_is_never_drawn(logits, position, k) -> None:
     filtered = keep_top_k(logits, k)
-    assert draw(filtered, seed=1, sample=0, position=position) in kept(filtered)
+    assert draw_token(filtered, seed=1, sample=0, position=position) in kept(filtered)
 
 
 @pytest.mark.parametrize("number", [0.0, 1 - 2**-53])
@@ -232,7 +232,7 @@ def test_the_ends_of_the_random_interval(number: float, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(np.random, "Generator", Rigged)
     logits = np.array([-np.inf, -np.inf, *np.linspace(0, 1, 11), -np.inf, -np.inf])
-    assert draw(logits, seed=0, sample=0, position=0) == (12 if number else 2)
+    assert draw_token(logits, seed=0, sample=0, position=0) == (12 if number else 2)
 
 
 @pytest.mark.filterwarnings("error")
@@ -243,12 +243,12 @@ def test_every_seed_is_another_one_or_refused(seed: int) -> None:
     except UserError:
         assert seed >= 2**63
         return
-    drawn = {draw(np.zeros(100_000), seed=s, sample=0, position=0) for s in seeds}
+    drawn = {draw_token(np.zeros(100_000), seed=s, sample=0, position=0) for s in seeds}
     assert len(drawn) == 2
 
 
 def test_the_smallest_temperature_is_greedy() -> None:
     logits = np.array([1.0, 3.0, 2.0])
     for temperature in (5e-324, 1e-320, 1e-300):
-        assert draw(filter_logits(logits, [], Sampling(temperature=temperature)),
+        assert draw_token(filter_logits(logits, [], Sampling(temperature=temperature)),
                     seed=1, sample=0, position=0) == 1  # fmt: skip

@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 
 import glassgpt.inference.generate
 from glassgpt.errors import UserError
-from glassgpt.inference.generate import IncrementalDecoder
 from glassgpt.tokenizers.tokenizer import (
     END_OF_TEXT,
     UNKNOWN,
     CharTokenizer,
+    IncrementalDecoder,
     Tokenizer,
     byte_tokenizer,
     fingerprint,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -19,9 +20,11 @@ from glassgpt.config import (
 )
 
 if TYPE_CHECKING:
+    from glassgpt.api import LoadedModel
+    from glassgpt.inference.engines import Engine
     from glassgpt.system import Reporter
 
-Engine = Annotated[EngineName, Parameter(help="What computes: numba (compiled), numpy, torch "
+EngineChoice = Annotated[EngineName, Parameter(help="What computes: numba (compiled), numpy, torch "
                                          "(model.py as it is), gpu [the fastest].")]  # fmt: skip
 Device = Annotated[Literal["auto", "cpu", "cuda", "mps"],
                    Parameter(help="Where to compute: auto, cpu, cuda, mps.")]  # fmt: skip
@@ -37,7 +40,7 @@ def sample_verb(
     text: Annotated[str | None, Parameter(allow_leading_hyphen=True)] = None,
     completion_only: bool = False,
     weights: WeightPrecision = "float32",
-    engine: Engine = "auto",
+    engine: EngineChoice = "auto",
     device: Device = "auto",
     threads: Threads = None,
     options: Annotated[SampleOptions, Parameter(name="*")] = {},  # noqa: B006
@@ -77,19 +80,70 @@ def sample_verb(
         a GPU float32 or bfloat16. With int8 and int4, keys and values are float16.
     """
     import glassgpt
-    from glassgpt.api import print_labels, print_samples
     from glassgpt.errors import UserError
     from glassgpt.reporting.terminal import Terminal
 
+    terminal = Terminal()
     model, how = glassgpt.load(run, device=device), Sampling(**options)
     if text is not None:
         if prompt or completion_only or options:
             raise UserError("--text asks a classifier; options of writing do not go with it")
-        print_labels(model, read_prompt(text).rstrip("\r\n"))  # the last token decides
+        _print_labels(model, read_prompt(text).rstrip("\r\n"), terminal)  # the last token decides
         return
     opening = read_prompt(prompt)
-    chosen = model.engine(engine, weights, threads, reporter=Terminal())
-    print_samples(model, chosen, opening, how, show_prompt=not completion_only)
+    chosen = model.engine(engine, weights, threads, reporter=terminal)
+    _print_samples(model, chosen, opening, how, terminal, show_prompt=not completion_only)
+
+
+def _print_labels(model: LoadedModel, text: str, terminal: Reporter) -> None:
+    """The probability of each label on stdout, notes to `terminal`."""
+    from glassgpt.inference.classify import encode_text
+    from glassgpt.reporting.terminal import aligned
+    from glassgpt.tokenizers.tokenizer import unknown_note
+
+    found, limit = model.classify(text)[0], model.config.context_length
+    if note := unknown_note(model.tokenizer, text):
+        terminal.say(f"note: {note}")
+    if len(encode_text(model.tokenizer, text)) > limit:
+        terminal.say(f"note: only the first {limit} tokens of the text are read")
+    print(aligned([(label, f"{probability:.4f}") for label, probability in found.items()]))
+
+
+def _print_samples(
+    model: LoadedModel,
+    engine: Engine,
+    prompt: str,
+    how: Sampling,
+    terminal: Reporter,
+    *,
+    show_prompt: bool,
+) -> None:
+    """Text on stdout as it comes; of several samples one after the other. Notes to `terminal`."""
+    from glassgpt.inference.generate import stream
+    from glassgpt.tokenizers.tokenizer import unknown_note
+
+    if note := unknown_note(model.tokenizer, prompt):
+        terminal.say(f"note: {note}")
+    ids, opening = model.encode_prompt(prompt), prompt if show_prompt else ""
+    pieces = stream(engine, model.tokenizer, [ids], how, model.checkpoint.ends)
+    if how.num_samples == 1:
+        print(opening, end="", flush=True)
+        reason = None
+        for piece in pieces:
+            print(piece.text, end="", flush=True)
+            reason = piece.finish_reason or reason
+        print(flush=True)
+        terminal.say(f"[{reason}]")
+        return
+    texts, reasons, shown = defaultdict(str), {}, 0
+    for piece in pieces:
+        texts[piece.sample] += piece.text
+        if piece.finish_reason:
+            reasons[piece.sample] = piece.finish_reason
+        while shown in reasons:  # in order, each as soon as it can be
+            print(f"--- sample {shown + 1} [{reasons[shown]}]")
+            print(opening + texts.pop(shown), flush=True)
+            shown += 1
 
 
 def chat_verb(
@@ -98,7 +152,7 @@ def chat_verb(
     *,
     system: Annotated[str | None, Parameter(allow_leading_hyphen=True)] = None,
     weights: WeightPrecision = "float32",
-    engine: Engine = "auto",
+    engine: EngineChoice = "auto",
     device: Device = "auto",
     threads: Threads = None,
     options: Annotated[ChatOptions, Parameter(name="*")] = {},  # noqa: B006
@@ -144,7 +198,7 @@ def eval_verb(
     *,
     weights: Annotated[list[WeightPrecision | Literal["all"]], LIST] = ["float32"],  # noqa: B006
     max_tokens: int | None = None,
-    engine: Engine = "auto",
+    engine: EngineChoice = "auto",
     device: Device = "auto",
     threads: Threads = None,
 ) -> None:
@@ -175,7 +229,7 @@ def eval_verb(
     """
     from glassgpt.checkpoints.load import load_pretrained
     from glassgpt.checkpoints.run_directory import require_language_model
-    from glassgpt.evaluation.text_loss import compare_weights, read_text, table
+    from glassgpt.evaluation.text_loss import compare_weights, loss_table, read_text
     from glassgpt.reporting.terminal import Terminal
     from glassgpt.tokenizers.tokenizer import unknown_note
 
@@ -192,7 +246,7 @@ def eval_verb(
                                 reporter=terminal)  # fmt: skip
     finally:
         terminal.close()
-    print(table(found))
+    print(loss_table(found))
 
 
 def export_verb(

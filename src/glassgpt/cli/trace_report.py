@@ -21,6 +21,7 @@ from glassgpt.cli.figures import MAX_TOKENS, label_of
 from glassgpt.config import ModelConfig
 from glassgpt.data.glance import look_at
 from glassgpt.errors import UserError
+from glassgpt.inference.generate import first_tokens
 from glassgpt.interpret import figures
 from glassgpt.interpret.activations import KEPT
 from glassgpt.interpret.lens import (
@@ -34,7 +35,7 @@ from glassgpt.interpret.lens import (
 from glassgpt.interpret.trace import Trace, record, shapes_of
 from glassgpt.options import resolve_options, split_options
 from glassgpt.reporting.terminal import aligned
-from glassgpt.tokenizers.tokenizer import begin_of_text, unknown_note
+from glassgpt.tokenizers.tokenizer import unknown_note
 
 _SHOWN = 5  # tokens of a distribution
 _PARTS = 20  # of an attribution
@@ -103,10 +104,7 @@ class Reading:
         tokenizer, limit = self.loaded.tokenizer, self.config.context_length
         if note := unknown_note(tokenizer, text):
             self.notes.append(f"note: {note}")
-        ids = self.loaded.encode_prompt(text)
-        if not ids:
-            first = begin_of_text(tokenizer)
-            ids = tokenizer.encode("\n") if first is None else [first]
+        ids = self.loaded.encode_prompt(text) or first_tokens(tokenizer)
         if len(ids) > limit:
             self.notes.append(f"note: only the first {limit} of {len(ids):,} tokens are read")
         return torch.tensor([ids[:limit]], device=self.model.head.weight.device)

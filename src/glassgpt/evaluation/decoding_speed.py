@@ -114,7 +114,7 @@ def describe_decode(run: str, *, threads: int | None, reporter: Reporter, **how:
     speeds = list(bench_decode(checkpoint, threads=threads, reporter=reporter, **how))
     reporter.status("measuring the memory")
     bandwidth = memory_bandwidth(threads)
-    return f"{table(speeds, bandwidth)}\nmemory speed: {bandwidth / 1e9:.1f} GB/s"
+    return f"{speed_table(speeds, bandwidth)}\nmemory speed: {bandwidth / 1e9:.1f} GB/s"
 
 
 def _check(prompt_tokens: Sequence[int], new_tokens: int, threads: int | None) -> None:
@@ -175,7 +175,7 @@ def _random_prompts(engine: Engine, n_rows: int, n_tokens: int) -> np.ndarray:
     return rng.integers(engine.config.vocab_size, size=(n_rows, n_tokens))
 
 
-def table(speeds: Sequence[DecodeSpeed], bandwidth: float) -> str:
+def speed_table(speeds: Sequence[DecodeSpeed], bandwidth: float) -> str:
     """One line for each engine and precision."""
     prompts = list(speeds[0].prefill)
     rows = [["tokens/s", *(f"prompt of {n}" for n in prompts), *(f"batch {n}" for n in ROWS),

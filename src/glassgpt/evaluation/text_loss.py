@@ -157,7 +157,7 @@ def compare_weights(
     return found
 
 
-def table(found: dict[WeightPrecision, TextLoss]) -> str:
+def loss_table(found: dict[WeightPrecision, TextLoss]) -> str:
     """One line for each precision; beside float32 also by how much the loss is higher."""
     exact = found.get("float32")
     compared = exact is not None and len(found) > 1

@@ -17,17 +17,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from glassgpt.cache import Packing
 from glassgpt.checkpoints import run_directory as ckpt
 from glassgpt.checkpoints.tensors import Lazy
 from glassgpt.config import Sampling, TrainConfig
 from glassgpt.data.batches import IGNORE, Split
 from glassgpt.finetuning.lora import LoRA, adapter_tensors, merged_weights
-from glassgpt.inference.classify import metrics, table
+from glassgpt.inference.classify import class_logits, metrics, metrics_table
 from glassgpt.inference.generate import complete
 from glassgpt.model import GPT
 from glassgpt.reporting.loss_curves import confusion
-from glassgpt.runtime import to_device
 from glassgpt.tokenizers.chat_template import Chat
 from glassgpt.tokenizers.tokenizer import Tokenizer, to_files
 from glassgpt.training.task import TextTask
@@ -178,7 +176,7 @@ class LabelTask(FinetuneTask):
         """Accuracy and macro F1 over the texts to judge by, and each class's part in them."""
         truth, predicted = self._judged or self._judge(model)
         self._judged = None
-        return table(metrics(truth, predicted, len(self.labels)), self.labels)
+        return metrics_table(metrics(truth, predicted, len(self.labels)), self.labels)
 
     def checkpoint(self, model: GPT, info: dict[str, Any]) -> ckpt.Checkpoint:
         saved = super().checkpoint(model, info)
@@ -203,17 +201,12 @@ class LabelTask(FinetuneTask):
         matrix = metrics(*self._judged, len(self.labels)).confusion
         confusion(folder / "confusion.png", matrix, self.labels)
 
-    @torch.no_grad()
     def _judge(self, model: GPT) -> tuple[np.ndarray, np.ndarray]:
         """The classes of the texts to judge by, and those that the model gives them."""
-        device, truth, predicted = model.head.weight.device, [], []
-        model.eval()
+        truth, predicted = [], []
         for tokens, targets, positions in self.val.windows(n=32, T=model.config.context_length):
-            there = targets != IGNORE  # (B, T)
-            packing = Packing(to_device(positions, device))
-            hidden = model.hidden(to_device(tokens, device), packing)  # (B, T, C)
-            logits = model.head(hidden[torch.from_numpy(there).to(device)])  # (texts, classes)
-            truth.append(targets[there])
-            predicted.append(logits.argmax(dim=-1).cpu().numpy())
-        model.train()
+            last = targets != IGNORE  # (B, T): the last token of a text has its class
+            truth.append(targets[last])
+            logits = class_logits(model, tokens, last, positions)
+            predicted.append(logits.argmax(dim=-1).numpy())
         return np.concatenate(truth), np.concatenate(predicted)

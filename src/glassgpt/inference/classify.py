@@ -1,9 +1,10 @@
-"""Classifiers: a GPT whose head reads the last token of a text and tells classes apart.
+"""Classifiers: a GPT whose head reads the last token of a text and says which class it is.
 
-    set_score_head(model, n_classes=2); print(probabilities(model, tokenizer, ["A great film."]))
+    set_score_head(model, n_classes=2)
+    print(label_probabilities(model, tokenizer, ["A great film."]))
 
-Also how good their guesses are: accuracy, F1, confusions. This room knows no files, no training
-and no names of runs; `plot.confusion` draws the matrix.
+Also how good their guesses are: accuracy, F1, confusions. This module knows no files and no
+training; `reporting.loss_curves.confusion` draws the matrix.
 """
 
 from __future__ import annotations
@@ -15,13 +16,15 @@ import numpy as np
 import torch
 import torch.nn as nn
 
+from glassgpt.cache import Packing
 from glassgpt.config import ModelConfig
 from glassgpt.errors import UserError
 from glassgpt.model import GPT
 from glassgpt.reporting.terminal import aligned
+from glassgpt.runtime import to_device
 from glassgpt.tokenizers.tokenizer import Tokenizer, tokens_before
 
-_BATCH_TOKENS = 8192  # read at once, with padding
+_BATCH_TOKENS = 8192  # tokens read at once, padding included
 _LABEL_WIDTH = 40  # characters of a label that tables show
 
 
@@ -29,9 +32,9 @@ _LABEL_WIDTH = 40  # characters of a label that tables show
 
 
 def set_score_head(model: GPT, n_classes: int) -> None:
-    """Replace the head by a new one, N(0, 0.02) by torch's seed: logits are then (B, T, n_classes).
+    """Replace the head by a new one, drawn from N(0, 0.02): logits are then (B, T, n_classes).
 
-    A tied embedding stays what it is: it still reads tokens.
+    A tied embedding is left as it is: it still reads tokens.
     """
     old = model.head.weight
     head = nn.Linear(model.config.n_embd, n_classes, bias=False)
@@ -40,8 +43,8 @@ def set_score_head(model: GPT, n_classes: int) -> None:
 
 
 def classifier(config: ModelConfig, weights: Mapping[str, np.ndarray]) -> GPT:
-    """The model with these weights, among them "score.weight" (n_classes, C); for evaluation."""
-    # Tied, a model needs no weights of a head for tokens, and this one has none.
+    """A model in evaluation mode; its head is the weight "score.weight" (n_classes, C)."""
+    # There are no weights for a head that writes tokens; a tied model does not ask for them.
     model = GPT.from_weights(replace(config, tie_embeddings=True), weights)
     model.config = config
     score = torch.from_numpy(np.array(weights["score.weight"], dtype=np.float32))
@@ -50,28 +53,21 @@ def classifier(config: ModelConfig, weights: Mapping[str, np.ndarray]) -> GPT:
     return model.eval()
 
 
-def weights_to_save(model: GPT) -> dict[str, np.ndarray]:
-    """What a `Checkpoint` with labels takes: the body's weights and "score.weight"."""
-    state = {name: tensor.detach().cpu().numpy() for name, tensor in model.state_dict().items()}
-    body = {name: state[name] for name in model.config.weight_shapes if name != "head.weight"}
-    return body | {"score.weight": state["head.weight"]}
-
-
 # -- what it says --------------------------------------------------------------------------------
 
 
 def encode_text(tokenizer: Tokenizer, text: str, context_length: int | None = None) -> list[int]:
-    """The ids that are read of a text: the first `context_length` of them; of no text none.
+    """The ids of a text, cut to the first `context_length`; [] for an empty text.
 
-    As transformers' tokenizer has them with truncation: what stands before every text (Llama's
-    begin of text) counts, and "<|endoftext|>" inside a text is ordinary text.
+    As in transformers with truncation: Llama's begin-of-text token comes first and counts, and
+    "<|endoftext|>" inside a text is ordinary text.
     """
     if not text:
         return []
     return [*tokens_before(tokenizer.spec), *tokenizer.encode(text)][:context_length]
 
 
-def probabilities(model: GPT, tokenizer: Tokenizer, texts: Sequence[str]) -> np.ndarray:
+def label_probabilities(model: GPT, tokenizer: Tokenizer, texts: Sequence[str]) -> np.ndarray:
     """(n, n_classes) float64, each row sums to 1. Raises `UserError` for an empty text."""
     examples = [encode_text(tokenizer, text, model.config.context_length) for text in texts]
     if [] in examples:
@@ -79,32 +75,42 @@ def probabilities(model: GPT, tokenizer: Tokenizer, texts: Sequence[str]) -> np.
     return example_probabilities(model, examples)
 
 
-@torch.inference_mode()
 def example_probabilities(model: GPT, examples: Sequence[Sequence[int]]) -> np.ndarray:
-    """The same of token ids; (n, n_classes) float64. Dropout is off meanwhile.
+    """The same for token ids (none of them empty); (n, n_classes) float64.
 
-    Texts of like length share a batch. They are padded on the right, where causal attention
-    lets no token look.
+    Texts of similar length share a batch. They are padded on the right: causal attention sees
+    no padding from their last tokens.
     """
-    weight, was_training = model.head.weight, model.training
-    logits = torch.empty(len(examples), len(weight), dtype=torch.float64)
-    model.eval()
-    try:
-        for rows in _batches([len(example) for example in examples]):
-            lengths = [len(examples[row]) for row in rows]
-            tokens = np.zeros((len(rows), max(lengths)), dtype=np.int64)
-            for i, row in enumerate(rows):
-                tokens[i, : lengths[i]] = examples[row]
-            x = model.hidden(torch.from_numpy(tokens).to(weight.device))  # (B, T, C)
-            last = x[range(len(rows)), [length - 1 for length in lengths]]  # (B, C)
-            logits[rows] = model.head(last).double().cpu()  # (B, n_classes)
-    finally:
-        model.train(was_training)
+    logits = torch.empty(len(examples), len(model.head.weight), dtype=torch.float64)
+    for rows in _batches([len(example) for example in examples]):
+        longest = max(len(examples[row]) for row in rows)
+        tokens = np.zeros((len(rows), longest), dtype=np.int64)
+        last = np.zeros((len(rows), longest), dtype=bool)
+        for i, row in enumerate(rows):
+            tokens[i, : len(examples[row])] = examples[row]
+            last[i, len(examples[row]) - 1] = True
+        logits[rows] = class_logits(model, tokens, last).double()
     return logits.softmax(dim=-1).numpy()
 
 
+@torch.inference_mode()
+def class_logits(
+    model: GPT, tokens: np.ndarray, last: np.ndarray, positions: np.ndarray | None = None
+) -> torch.Tensor:
+    """What the head says at the positions that are True in `last` (B, T): (n, n_classes), on the
+    CPU. With `positions` (B, T), rows hold several texts side by side. Dropout is off meanwhile."""
+    device, was_training = model.head.weight.device, model.training
+    packing = None if positions is None else Packing(to_device(positions, device))
+    model.eval()
+    try:
+        hidden = model.hidden(to_device(tokens, device), packing)  # (B, T, C)
+        return model.head(hidden[torch.from_numpy(last).to(device)]).cpu()
+    finally:
+        model.train(was_training)
+
+
 def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Which rows are read together: the longest first, so that memory is short at once or never."""
+    """Rows to read together, the longest first: if memory is too small, that shows at once."""
     order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
     while order:
         n = max(1, _BATCH_TOKENS // lengths[order[0]])
@@ -117,7 +123,7 @@ def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:
 
 @dataclass(frozen=True)
 class Metrics:
-    """What came of guessing the classes of n examples; the arrays are (n_classes,)."""
+    """How well the classes of n examples were guessed; the arrays are (n_classes,)."""
 
     accuracy: float  # share of the examples that were guessed right
     macro_f1: float  # mean F1 of the classes, however rare
@@ -131,9 +137,9 @@ class Metrics:
 def metrics(
     truth: Sequence[int] | np.ndarray, predicted: Sequence[int] | np.ndarray, n_classes: int
 ) -> Metrics:
-    """The usual measures, as scikit-learn has them with zero_division=0.
+    """The usual measures, equal to scikit-learn's with zero_division=0.
 
-    A class that was never guessed has precision 0, one without examples recall 0. Classes with
+    A class that was never guessed has precision 0, a class without examples recall 0. Classes with
     neither examples nor guesses do not count in the macro F1.
     """
     confusion = np.zeros((n_classes, n_classes), dtype=np.int64)
@@ -156,8 +162,8 @@ def _share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
     return part / np.maximum(whole, 1)
 
 
-def table(found: Metrics, labels: Sequence[str]) -> str:
-    """A line for each class, then what it comes to; plain text."""
+def metrics_table(found: Metrics, labels: Sequence[str]) -> str:
+    """Plain text: a line for each class, then macro F1 and accuracy."""
     rows = [["class", "precision", "recall", "F1", "examples"]]
     columns = (found.precision, found.recall, found.f1)
     for i, label in enumerate(labels):
@@ -169,10 +175,10 @@ def table(found: Metrics, labels: Sequence[str]) -> str:
 
 
 def class_weights(counts: Sequence[int] | np.ndarray) -> np.ndarray:
-    """What a class weighs in the loss, by its number of examples: n / (classes * count), float32.
+    """The weight of each class in the loss, from its number of examples: n / (classes * count).
 
-    So every class that occurs has the same share of the loss, and an example weighs 1 on the
-    mean. Classes without examples, which no loss asks for, weigh 0 and are not counted.
+    Every class that occurs then has the same share of the loss, and the mean weight of an example
+    is 1. Classes without examples have weight 0 and are not counted. float32
     """
     number = np.asarray(counts, dtype=np.float64)
     occurring = number > 0

@@ -1,20 +1,19 @@
-"""From prompts to text: filters on logits, the sampler, stop rules, streaming.
+"""From logits to text: filters, the random choice of a token, stop rules, streaming.
 
     for piece in stream(engine, tokenizer, [tokenizer.encode("Once")], Sampling(temperature=0.8)):
         print(piece.text, end="")
 
-The filters are pure functions on NumPy arrays; any engine gives the same text for the same
-logits, because the random numbers depend on (seed, sample, position) alone. So a prompt of a
-batch continues as it would alone. This room knows no model and no torch.
+Filters are pure functions of NumPy arrays; random numbers depend on (seed, sample, position) alone.
+So engines with equal logits write equal texts, and a prompt continues in a batch as it does alone.
+This module knows neither models nor torch.
 """
 
 from __future__ import annotations
 
-import codecs
 import itertools
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -22,51 +21,51 @@ import numpy as np
 from glassgpt.config import Sampling
 from glassgpt.errors import UserError
 from glassgpt.inference.engines import Engine
-from glassgpt.tokenizers.tokenizer import Tokenizer
+from glassgpt.tokenizers.tokenizer import IncrementalDecoder, Tokenizer
 
-_CACHE_NUMBERS = 1 << 28  # keys and values of the rows that grow side by side: 1 GB in float32
+_CACHE_NUMBERS = 1 << 28  # keys and values of all texts written side by side: 1 GB in float32
 FinishReason = Literal["length", "stop", "end_of_text"]
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Text that sample number `sample` of a prompt has grown by; its last one says why it ended."""
+    """What has been added to one text; the last piece of a text says why it ended."""
 
-    sample: int
+    sample: int  # which of the samples of its prompt, from 0
     text: str
     finish_reason: FinishReason | None = None
-    prompt: int = 0  # of several, in their order
+    prompt: int = 0  # which of the prompts, from 0
 
 
-# -- filters: logits (V,) in, logits (V,) out; what is left out becomes -inf ----------------------
+# -- filters: logits (V,) -> logits (V,); a token that is ruled out gets -inf ---------------------
 
 
 def penalize_repetition(logits: np.ndarray, seen: np.ndarray, penalty: float) -> np.ndarray:
-    """Lower the tokens in `seen` (ids): CTRL, arXiv:1909.05858, section 4.1."""
+    """Lower the logits of the ids in `seen` (CTRL, arXiv:1909.05858, section 4.1)."""
     logits = np.array(logits, dtype=np.float64)
-    seen = seen[seen < len(logits)]  # a padded vocabulary has ids that none draws
+    seen = seen[seen < len(logits)]  # a padded vocabulary has ids that are never drawn
     logits[seen] = np.where(logits[seen] > 0, logits[seen] / penalty, logits[seen] * penalty)
     return logits
 
 
 def keep_top_k(logits: np.ndarray, k: int) -> np.ndarray:
-    """Exactly the k largest; of equal ones the lowest ids."""
+    """Keep exactly the k largest; of equal logits, those with the lowest ids."""
     if k >= len(logits):
         return logits
-    least = np.partition(logits, -k)[-k]  # a sort of GPT-2's vocabulary takes ten times as long
+    least = np.partition(logits, -k)[-k]  # ten times as fast as sorting GPT-2's vocabulary
     above, equal = np.flatnonzero(logits > least), np.flatnonzero(logits == least)
     return _keep(logits, np.concatenate([above, equal[: k - len(above)]]))
 
 
 def keep_top_p(logits: np.ndarray, p: float) -> np.ndarray:
-    """The fewest tokens whose probabilities reach p (nucleus sampling, arXiv:1904.09751)."""
+    """Keep the fewest tokens whose probabilities add up to p (nucleus: arXiv:1904.09751)."""
     if p >= 1:
         return logits
     left = np.flatnonzero(logits > -np.inf)  # few after top-k
     values = logits[left]
     chance = probabilities(values)
-    # Sorting GPT-2's vocabulary takes 5 ms. So tokens go by steps of 1/16 below the likeliest,
-    # and only those of the step on which p is reached are sorted.
+    # Sorting GPT-2's vocabulary would take 5 ms. Instead, tokens are grouped by how far they are
+    # below the likeliest one, in steps of 1/16, and only the group in which p is reached is sorted.
     step = np.minimum(16 * (values.max() - values), 2000).astype(np.int64)
     last = np.searchsorted(np.cumsum(np.bincount(step, chance)), p)
     above, border = np.flatnonzero(step < last), np.flatnonzero(step == last)
@@ -76,7 +75,7 @@ def keep_top_p(logits: np.ndarray, p: float) -> np.ndarray:
 
 
 def keep_min_p(logits: np.ndarray, p: float) -> np.ndarray:
-    """Tokens at least p times as likely as the likeliest (arXiv:2407.01082)."""
+    """Keep the tokens that are at least p times as likely as the likeliest (arXiv:2407.01082)."""
     return np.where(logits >= logits.max() + np.log(p), logits, -np.inf)
 
 
@@ -88,16 +87,14 @@ def _keep(logits: np.ndarray, ids: np.ndarray) -> np.ndarray:
 
 def probabilities(logits: np.ndarray) -> np.ndarray:
     """Softmax of (V,) logits in float64."""
-    weights = np.subtract(logits, logits.max(), dtype=np.float64)
-    np.exp(weights, out=weights)
-    weights /= weights.sum()
-    return weights
+    weights = np.exp(np.subtract(logits, logits.max(), dtype=np.float64))
+    return weights / weights.sum()
 
 
 def filter_logits(logits: np.ndarray, seen: Collection[int], how: Sampling) -> np.ndarray:
-    """All filters of `how`, in order; `seen`: ids for the repetition penalty, in any order.
+    """Apply all filters of `how`, in order; `seen` are the ids for the repetition penalty.
 
-    Temperature 0 leaves only the likeliest token. Raises `UserError` for NaN and infinity.
+    Temperature 0 keeps only the likeliest token. Raises `UserError` for NaN and infinity.
     """
     largest = logits.max()  # NaN if there is one anywhere
     if not np.isfinite(largest):
@@ -106,7 +103,7 @@ def filter_logits(logits: np.ndarray, seen: Collection[int], how: Sampling) -> n
     if how.repetition_penalty is not None:
         ids = np.fromiter(seen, dtype=np.int64, count=len(seen))
         logits = penalize_repetition(logits, ids, how.repetition_penalty)
-    if how.temperature < 1e-100:  # the quotient would overflow, and nothing else has a chance
+    if how.temperature < 1e-100:  # dividing would overflow; only the likeliest has a chance
         return _keep(logits, np.array([logits.argmax()]))
     logits = np.divide(logits, how.temperature, dtype=np.float64)
     if how.top_k is not None:
@@ -118,8 +115,8 @@ def filter_logits(logits: np.ndarray, seen: Collection[int], how: Sampling) -> n
     return logits
 
 
-def draw(logits: np.ndarray, *, seed: int, sample: int, position: int) -> int:
-    """One token id from (V,) logits; the random number is a function of its three coordinates."""
+def draw_token(logits: np.ndarray, *, seed: int, sample: int, position: int) -> int:
+    """Draw a token id from (V,) logits; the random number depends on the rest alone."""
     generator = np.random.Generator(np.random.Philox(key=[seed, sample], counter=position))
     ids = np.flatnonzero(logits > -np.inf)
     cumulative = np.cumsum(probabilities(logits[ids]))
@@ -130,13 +127,17 @@ def draw(logits: np.ndarray, *, seed: int, sample: int, position: int) -> int:
 # -- the loop ------------------------------------------------------------------------------------
 
 
-def window(tokens: Sequence[int], context_length: int) -> Sequence[int]:
-    """What the model sees when it is fed anew: at most half a context of the newest tokens.
+def context_start(n_prompt: int, n_tokens: int, context_length: int) -> int:
+    """From which of `n_tokens` on the model sees a text whose first `n_prompt` are the prompt.
 
-    Every row slides in the same way: when its context is full, it starts again with the last
-    `context_length // 2` tokens, so that the price of re-reading is paid rarely.
+    A text that outgrows the context restarts with its newest half, so that reading it again, the
+    expensive part, happens rarely. Then it grows until the context is full once more.
     """
-    return tokens[-max(1, context_length // 2) :]
+    start, half = max(0, n_prompt - context_length), max(1, context_length // 2)
+    too_many = n_tokens - start - context_length
+    if too_many <= 0:
+        return start
+    return n_tokens - half - (too_many - 1) % (context_length - half + 1)
 
 
 def stream(
@@ -146,13 +147,11 @@ def stream(
     how: Sampling,
     ends: Collection[int] = (),
 ) -> Iterator[Piece]:
-    """Grow `how.num_samples` completions of each prompt (token ids), as many side by side as
-    memory should hold. `ends`: ids that end a text, beside the tokenizer's own.
+    """Continue each prompt (ids) `how.num_samples` times, as many texts at once as fit in memory.
 
-    Yields text as soon as whole characters are there and no stop string can begin in it. An
-    empty prompt starts from the document separator, or from a line break where there is none;
-    of one longer than the context the model sees the end. Raises `UserError` as soon as
-    logits are NaN or infinite; what was yielded until then is good text.
+    Yields text as soon as its characters are complete and no stop string can begin in it. An empty
+    prompt means `first_tokens`; of a prompt longer than the context, the model sees the end. `ends`
+    are ids that end a text, besides the tokenizer's own. Raises `UserError` for broken logits.
     """
     config = engine.config
     longest = max(map(len, prompts), default=0) + how.max_new_tokens
@@ -161,62 +160,58 @@ def stream(
     together = max(1, _CACHE_NUMBERS // max(per_row, config.vocab_size))
     wanted = list(itertools.product(range(len(prompts)), range(how.num_samples)))
     for first in range(0, len(wanted), together):
-        rows = [
-            _Row(number, prompt, sample, prompts[prompt], tokenizer, how, ends)
-            for number, (prompt, sample) in enumerate(wanted[first : first + together])
-        ]
+        batch = enumerate(wanted[first : first + together])
+        rows = [_Row(i, *which, prompts[which[0]], tokenizer, how, ends) for i, which in batch]
         try:
             yield from _grow(engine, rows, how)
         except MemoryError as error:
-            raise UserError(f"{len(rows)} texts of up to {longest:,} tokens do not fit in memory; "
-                            "ask for fewer or for shorter ones") from error  # fmt: skip
+            raise UserError(
+                f"{len(rows)} texts of up to {longest:,} tokens do not fit in memory; "
+                "ask for fewer or for shorter ones"
+            ) from error
 
 
 def _grow(engine: Engine, rows: list[_Row], how: Sampling) -> Iterator[Piece]:
-    """One batch of completions, to the end; a row that has finished costs nothing more."""
-    if how.max_new_tokens == 0:
-        yield from (row.piece("", "length") for row in rows)
-        return
-    engine.open(len(rows))
-    logits = _read_prompts(engine, rows)
+    """Write one batch of texts to the end; a text that is finished costs nothing more."""
     for position in range(how.max_new_tokens):
-        if position > 0:
+        if position == 0:
+            engine.open(len(rows))
+            logits = _read_prompts(engine, rows)
+        else:
             new = [_next_tokens(engine, row) for row in rows]
-            logits = list(engine.read([row.number for row in rows], new))
+            logits = engine.read([row.number for row in rows], new)
         for row, its_logits in zip(rows, logits, strict=True):
             yield from row.take(row.choose(its_logits, position))
         rows = [row for row in rows if not row.finished]
         if not rows:
             return
-    for row in rows:
-        yield row.piece(row.flush(), "length")
+    yield from (row.piece(row.flush(), "length") for row in rows)
 
 
 def _read_prompts(engine: Engine, rows: list[_Row]) -> list[np.ndarray]:
-    """Logits (V,) after each row's prompt; one that rows share is read once and copied."""
+    """Logits (V,) after each row's prompt; a prompt that rows share is read once and copied."""
     sharing: dict[tuple[int, ...], list[_Row]] = defaultdict(list)
     for row in rows:
-        sharing[tuple(row.tokens[-engine.config.context_length :])].append(row)
+        row.start = context_start(row.n_prompt, row.n_prompt, engine.config.context_length)
+        sharing[tuple(row.tokens[row.start :])].append(row)
     readers = [row.number for row, *_ in sharing.values()]
     logits = engine.read(readers, [np.array(tokens) for tokens in sharing])
     after: dict[int, np.ndarray] = {}
-    for (tokens, (reader, *others)), its_logits in zip(sharing.items(), logits, strict=True):
+    for (reader, *others), its_logits in zip(sharing.values(), logits, strict=True):
         if others:
             engine.copy(reader.number, [row.number for row in others])
-        for row in (reader, *others):
-            row.length, after[row.number] = len(tokens), its_logits
+        after |= {row.number: its_logits for row in (reader, *others)}
     return [after[row.number] for row in rows]
 
 
 def _next_tokens(engine: Engine, row: _Row) -> np.ndarray:
-    """What the row reads next: its newest token or, when its context is full, the window."""
-    limit = engine.config.context_length
-    new = row.tokens[-1:]
-    if row.length == limit:
-        engine.rewind(row.number)
-        row.length, new = 0, window(row.tokens, limit)
-    row.length += len(new)
-    return np.array(new)
+    """What the row reads next: its newest token or, when its context was full, the newest half."""
+    start = context_start(row.n_prompt, len(row.tokens), engine.config.context_length)
+    if start == row.start:
+        return np.array(row.tokens[-1:])
+    engine.rewind(row.number)
+    row.start = start
+    return np.array(row.tokens[start:])
 
 
 def complete(
@@ -226,48 +221,23 @@ def complete(
     how: Sampling,
     ends: Collection[int] = (),
 ) -> list[Piece]:
-    """The finished completions, prompt by prompt and sample by sample: one `Piece` with all of
-    the text for each."""
-    wanted = list(itertools.product(range(len(prompts)), range(how.num_samples)))
-    texts = dict.fromkeys(wanted, "")
-    reasons: dict[tuple[int, int], FinishReason | None] = {}
+    """The finished texts, each in one `Piece`, prompt by prompt and sample by sample."""
+    wanted = itertools.product(range(len(prompts)), range(how.num_samples))
+    texts = {(prompt, sample): Piece(sample, "", None, prompt) for prompt, sample in wanted}
     for piece in stream(engine, tokenizer, prompts, how, ends):
-        texts[piece.prompt, piece.sample] += piece.text
-        reasons[piece.prompt, piece.sample] = piece.finish_reason
-    return [Piece(i, texts[prompt, i], reasons[prompt, i], prompt) for prompt, i in wanted]
+        which = piece.prompt, piece.sample
+        texts[which] = replace(piece, text=texts[which].text + piece.text)
+    return list(texts.values())
 
 
 def first_tokens(tokenizer: Tokenizer) -> list[int]:
-    """What a text begins with when nothing else is given."""
-    if tokenizer.end_of_text is not None:
-        return [tokenizer.end_of_text]
-    return tokenizer.encode("\n")
-
-
-class IncrementalDecoder:
-    """Turns a stream of ids into text as soon as whole characters are there.
-
-    >>> from glassgpt.tokenizers.tokenizer import byte_tokenizer
-    >>> tok = byte_tokenizer(); decoder = IncrementalDecoder(tok)
-    >>> [decoder.push(token) for token in tok.encode("é")], decoder.flush()
-    (['', 'é'], '')
-    """
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._bytes = tokenizer.token_bytes
-        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-
-    def push(self, token: int) -> str:
-        """The text that this token completes; "" while a character is unfinished."""
-        return self._utf8.decode(self._bytes(token))
-
-    def flush(self) -> str:
-        """What is left at the end: U+FFFD for a character that never was finished."""
-        return self._utf8.decode(b"", final=True)
+    """What an empty prompt stands for: the separator of documents; without one, a line break."""
+    separator = tokenizer.end_of_text
+    return tokenizer.encode("\n") if separator is None else [separator]
 
 
 class _Row:
-    """One completion in the making: its tokens, and the text that is not yet shown."""
+    """A text that is being written: its tokens, and what of it is not yet shown."""
 
     def __init__(
         self,
@@ -281,12 +251,13 @@ class _Row:
     ) -> None:
         self.number, self.prompt, self.sample, self.how = number, prompt, sample, how
         self.tokens = list(tokens) or first_tokens(tokenizer)
-        self.seen = set(tokens)  # what the repetition penalty lowers: not the token before a text
-        self.length = 0  # how many tokens the engine's row holds; it slides when they are too many
+        self.seen = set(tokens)  # for the repetition penalty, which spares `first_tokens`
+        self.n_prompt = len(self.tokens)
+        self.start = 0  # the first of `tokens` that the engine's row holds
         self.vocab_size = tokenizer.vocab_size
         self.decoder = IncrementalDecoder(tokenizer)
         self.ends = {tokenizer.end_of_text, *ends}
-        self.held = ""  # text that may be the beginning of a stop string
+        self.held = ""  # text that may turn out to begin a stop string
         self.finished = False
 
     def choose(self, logits: np.ndarray, position: int) -> int:
@@ -295,7 +266,7 @@ class _Row:
         except UserError as error:
             where = f"prompt {self.prompt + 1}, sample {self.sample + 1}, token {position + 1}"
             raise UserError(f"{where}: {error}") from None
-        return draw(logits, seed=self.how.seed, sample=self.sample, position=position)
+        return draw_token(logits, seed=self.how.seed, sample=self.sample, position=position)
 
     def take(self, token: int) -> Iterator[Piece]:
         self.tokens.append(token)
@@ -310,8 +281,8 @@ class _Row:
             self.finished = True
             yield self.piece(self.held[: min(found)], "stop")
             return
-        keep = self._possible_stop()
-        text, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]
+        shown = len(self.held) - self._possible_stop()
+        text, self.held = self.held[:shown], self.held[shown:]
         if text:
             yield self.piece(text)
 

@@ -17,7 +17,7 @@ import torch
 
 from glassgpt.cache import KVCache
 from glassgpt.config import Sampling
-from glassgpt.inference.generate import filter_logits, probabilities, window
+from glassgpt.inference.generate import context_start, filter_logits, probabilities
 from glassgpt.interpret.trace import Bands, Edit, record
 from glassgpt.model import GPT
 from glassgpt.studio.words import entropy, likeliest, text_of
@@ -85,14 +85,7 @@ def distribution(
 def in_context(n_prompt: int, tokens: Sequence[int], limit: int) -> list[int]:
     """What the model sees of a prompt and what was drawn behind it: as `generate.stream` has it,
     a full context starts again with its newest half."""
-    start, length = max(0, n_prompt - limit), min(n_prompt, limit)
-    for end in range(n_prompt + 1, len(tokens) + 1):
-        if length == limit:
-            length = len(window(tokens[:end], limit))
-            start = end - length
-        else:
-            length += 1
-    return list(tokens[start:])
+    return list(tokens[context_start(n_prompt, len(tokens), limit) :])
 
 
 class Reader:

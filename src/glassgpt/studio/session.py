@@ -28,7 +28,7 @@ from glassgpt.api import LoadedModel
 from glassgpt.checkpoints.run_directory import require_language_model, snapshots
 from glassgpt.config import ModelConfig
 from glassgpt.errors import UserError, nearest
-from glassgpt.inference.generate import draw, filter_logits, first_tokens, probabilities
+from glassgpt.inference.generate import draw_token, filter_logits, first_tokens, probabilities
 from glassgpt.interpret.explain import Cell, Sum, explain
 from glassgpt.interpret.lens import (
     attribution,
@@ -368,7 +368,7 @@ class Session:
             logits, reused = reader.logits(held)
             logits = logits[: tokenizer.vocab_size]
             filtered = filter_logits(logits, seen, how)
-            token = draw(filtered, seed=how.seed, sample=asked.sample, position=position)
+            token = draw_token(filtered, seed=how.seed, sample=asked.sample, position=position)
             drawn.append({
                 "id": token, "text": text_of(tokenizer, token),
                 "p": float(probabilities(logits)[token]),

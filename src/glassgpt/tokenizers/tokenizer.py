@@ -9,6 +9,7 @@ downloads.
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 import re
@@ -421,6 +422,27 @@ def to_files(
         "tokenizer.json": json.dumps(tokenizer.spec, ensure_ascii=False, indent=1).encode("utf-8"),
         "tokenizer_config.json": (json.dumps(config | more, indent=2) + "\n").encode("utf-8"),
     }
+
+
+class IncrementalDecoder:
+    """Turns ids into text as they come, as soon as characters are complete.
+
+    >>> tok = byte_tokenizer(); decoder = IncrementalDecoder(tok)
+    >>> [decoder.push(token) for token in tok.encode("é")], decoder.flush()
+    (['', 'é'], '')
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._bytes = tokenizer.token_bytes
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token: int) -> str:
+        """The text that this token completes; "" while a character is incomplete."""
+        return self._utf8.decode(self._bytes(token))
+
+    def flush(self) -> str:
+        """What is left at the end: U+FFFD for a character that was never completed."""
+        return self._utf8.decode(b"", final=True)
 
 
 def unknown_note(tokenizer: Tokenizer, text: str) -> str | None:

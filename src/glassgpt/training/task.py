@@ -59,7 +59,7 @@ class TextTask:
         if not self.config.sample_tokens:
             return ""
         prompt = self.config.sample_prompt or ""
-        ids = self.tokenizer.encode(prompt, special=True) if prompt else []
+        ids = self.tokenizer.encode(prompt, special=True)
         how = Sampling(max_new_tokens=self.config.sample_tokens, temperature=0.8, top_k=200)
         [piece] = complete(self.engine(model), self.tokenizer, [ids], how)
         return prompt + piece.text
