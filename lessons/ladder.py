@@ -51,7 +51,7 @@ def text_name() -> str:
     if chosen := os.environ.get("LESSON_TEXT"):
         return chosen
     try:
-        corpora.fetch("shakespeare", timeout=5.0)
+        corpora.fetch_corpus("shakespeare", timeout=5.0)
         return "shakespeare"
     except UserError:
         return "python-manual"

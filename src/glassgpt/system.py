@@ -1,8 +1,11 @@
-"""What the machine offers: files written whole, locks, signals, cores, memory, telling people.
+"""What the machine offers: whole files, locks, downloads, signals, cores, memory, and a reporter.
 
     write_file(Path("runs/book/config.json"), b"{}")
+    download(url, cache_dir() / "corpora" / "book.txt", sha256="86c4e6aa...")
 
-This room knows neither what is in the files nor what the cores are used for.
+Behind a mirror, set GLASSGPT_MIRROR: `https://host/path` is then fetched from
+`$GLASSGPT_MIRROR/host/path`. This module knows neither what is in the files nor what the cores are
+used for.
 """
 
 from __future__ import annotations
@@ -10,16 +13,28 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from filelock import FileLock, Timeout
 
 from glassgpt.errors import UserError, explain_os_errors
+
+if TYPE_CHECKING:
+    from http.client import HTTPResponse
+
+TIMEOUT = 30.0  # seconds without a single byte, after which a server is given up
+RETRIES = 4  # tries in a row that may get no further than the one before
+RETRY_PAUSE = 1.0  # seconds before the first of these; doubled each time
+_BLOCK = 1 << 20  # bytes written at a time
+BUSY = {408, 429, 500, 502, 503, 504}  # HTTP answers after which it is worth trying again
 
 
 class Reporter(Protocol):
@@ -157,6 +172,191 @@ def before_sigterm(clean_up: Callable[[], None]) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+# ---- downloads --------------------------------------------------------------------------------
+
+
+def download(
+    url: str,
+    target: Path,
+    *,
+    sha256: str | None,
+    size: int | None = None,
+    reporter: Reporter = SILENT,
+    name: str | None = None,
+    timeout: float = TIMEOUT,
+) -> Path:
+    """Fetch `url` to `target`, unless it is there already, and return `target`.
+
+    What has arrived is kept in `target.partial`, also after Ctrl-C or on a full disk, and the next
+    call continues from there. The file gets its final name once its SHA-256 is right (None: once it
+    is as long as the server says, for files that carry their own checksums). Processes that want
+    the same file wait for one another. `reporter` is told of the bytes, under `name` (None: the
+    name of the file). Raises `UserError` if the file can't be fetched or is not the right one.
+    """
+    job = _Download(url, target, size, reporter, name or target.name, timeout)
+    with explain_os_errors(f"download to {target}"):
+        if not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(f"{target}.lock"):
+                if not target.exists():  # else another process fetched it while we waited
+                    job.run(sha256)
+        found = target.stat().st_size
+    if size is not None and found != size:  # put there by somebody else
+        raise UserError(f"{target} has {found} bytes where {size} are right; delete it to fetch it")
+    return target
+
+
+@dataclass(frozen=True)
+class _Download:
+    url: str
+    target: Path
+    size: int | None
+    reporter: Reporter
+    name: str
+    timeout: float
+
+    @property
+    def partial(self) -> Path:
+        return self.target.with_name(self.target.name + ".partial")
+
+    def have(self) -> int:
+        """Bytes that have arrived so far."""
+        return self.partial.stat().st_size if self.partial.exists() else 0
+
+    def run(self, sha256: str | None) -> None:
+        """Fetch the file, check it, and give it its final name."""
+        try:
+            self.complete()
+        except _FetchError as failed:
+            raise UserError(
+                f"cannot fetch {self.url}: {failed}; "
+                f"download it by hand to {self.target}, or use another source"
+            ) from failed
+        found = sha256_of(self.partial) if sha256 else None
+        if found != sha256:
+            self.partial.unlink()
+            raise UserError(
+                f"{self.url}: refused, because its SHA-256 is {found} and not {sha256}: damaged on "
+                "the way, or changed at its source; try again, or use another source"
+            )
+        with open(self.partial, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(self.partial, self.target)
+
+    def complete(self) -> None:
+        """Fetch what is missing; give up after `RETRIES` tries in a row without progress."""
+        furthest, failures = self.have(), 0
+        while self.size is None or self.have() != self.size:
+            try:
+                return self.append(self.have())
+            except _FetchError as failed:
+                # A server without Range starts over each time: only bytes beyond `furthest` count.
+                failures = 0 if self.have() > furthest else failures + 1
+                furthest = max(furthest, self.have())
+                if failed.final or failures > RETRIES:
+                    raise
+                if failures:
+                    time.sleep(RETRY_PAUSE * 2 ** (failures - 1))
+
+    def append(self, have: int) -> None:
+        """Fetch the bytes from `have` on; raises _FetchError when they don't all come."""
+        try:
+            response = _open(self.url, have, self.timeout)
+        except _FetchError as failed:
+            if not (failed.status == 416 and have):
+                raise
+            have = 0  # the server's file is shorter than our part: another file, so start over
+            response = _open(self.url, have, self.timeout)
+        with response:
+            start, total = _extent(response)
+            if start not in (0, have):
+                raise _FetchError(f"asked for byte {have}, the server began at {start}", final=True)
+            if self.size is not None and total not in (None, self.size):
+                wrong = f"the file there has {total} bytes where {self.size} are right"
+                raise _FetchError(wrong, final=True)
+            have = start  # 0 from a server without Range
+            total = self.size if total is None else total
+            with open(self.partial, "ab" if have else "wb") as file:
+                for block in _blocks(response):
+                    file.write(block)
+                    have += len(block)
+                    self.reporter.advance(self.name, have, total)
+        if total is not None and have < total:
+            raise _FetchError(f"the connection was cut after {have} of {total} bytes")
+
+
+class _FetchError(Exception):
+    """A failure of the network or the server; `final`: trying again would not help."""
+
+    def __init__(self, reason: str, *, final: bool = False, status: int | None = None) -> None:
+        super().__init__(reason)
+        self.final, self.status = final, status
+
+
+def mirrored(url: str) -> str:
+    """`url`, or where the mirror named by $GLASSGPT_MIRROR has it."""
+    mirror = os.environ.get("GLASSGPT_MIRROR")
+    if not mirror:
+        return url
+    if "://" not in mirror:
+        raise UserError(f"GLASSGPT_MIRROR={mirror!r} is no address; it begins with https://")
+    return f"{mirror.rstrip('/')}/{url.partition('://')[2]}"
+
+
+def _open(url: str, start: int, timeout: float) -> HTTPResponse:
+    """Ask for the bytes of `url` from `start` on; raises _FetchError."""
+    from http.client import HTTPException
+    from urllib.error import HTTPError
+    from urllib.request import Request, urlopen
+
+    headers = {"User-Agent": "glassgpt", "Accept-Encoding": "identity"}
+    if start:
+        headers["Range"] = f"bytes={start}-"
+    try:
+        return urlopen(Request(mirrored(url), headers=headers), timeout=timeout)
+    except HTTPError as error:
+        error.close()
+        answer = f"the server answered {error.code} {error.reason}"
+        raise _FetchError(answer, final=error.code not in BUSY, status=error.code) from error
+    except (ConnectionResetError, HTTPException) as error:  # cut before the first byte
+        raise _FetchError(_reason(error)) from error
+    except OSError as error:  # unknown host, refused, no answer in time, bad certificate
+        raise _FetchError(_reason(error), final=True) from error
+
+
+def _blocks(response: HTTPResponse) -> Iterator[bytes]:
+    """The body as it arrives; a failure of the network becomes a _FetchError."""
+    from http.client import HTTPException
+
+    try:
+        while block := response.read1(_BLOCK):
+            yield block
+    except (OSError, HTTPException) as error:
+        raise _FetchError(_reason(error)) from error
+
+
+def _extent(response: HTTPResponse) -> tuple[int, int | None]:
+    """(first byte of this answer, size of the whole file or None if the server doesn't say)."""
+    if response.status == 206:
+        match = re.match(r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range", ""))
+        if match is None:
+            raise _FetchError("the server's Content-Range is malformed", final=True)
+        return int(match[1]), None if match[2] == "*" else int(match[2])
+    length = response.headers.get("Content-Length")
+    return 0, int(length) if length else None
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong, in words; `URLError` wraps the error that says it."""
+    inner = getattr(error, "reason", error)
+    if isinstance(inner, TimeoutError):
+        return "no answer in time"
+    return getattr(inner, "strerror", None) or str(inner) or type(inner).__name__
+
+
+# ---- the machine ------------------------------------------------------------------------------
 
 
 def usable_cores() -> int:

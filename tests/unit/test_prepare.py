@@ -27,8 +27,10 @@ from glassgpt.data.prepare import prepare
 from glassgpt.data.report import describe
 from glassgpt.data.sources import resolve
 from glassgpt.errors import UserError, explain_os_errors
+from glassgpt.system import Reporter
 from glassgpt.tokenizers.tokenizer import END_OF_TEXT, CharTokenizer, to_files
 from glassgpt.training.run import train
+from listener import Listener
 
 STORY = "In the beginning there was a small machine that liked to read.\nIt read all day.\n"
 
@@ -195,16 +197,11 @@ def test_max_tokens_stops_reading(tmp_path, name, tokenizer):
         (tmp_path / name).write_text(text)
     else:
         write_documents(tmp_path / name, [STORY * 1000] * 125)
-    most = 0
-
-    def tell(what: str, done: int, total: int | None) -> None:
-        nonlocal most
-        most = max(most, done)
-
+    told = Listener()
     config = DataConfig(tokenizer=tokenizer, max_tokens=2000)
-    report = prepare([str(tmp_path / name)], tmp_path / "out", config, progress=tell)
+    report = prepare([str(tmp_path / name)], tmp_path / "out", config, reporter=told)
     assert report.train_tokens + report.val_tokens == 2000
-    assert 0 < most < 3_000_000  # a block or two
+    assert 0 < max(done for _, done, _ in told.advanced) < 3_000_000  # a block or two
 
 
 def test_the_report_of_limited_tokens_tells_of_what_was_kept(tmp_path, monkeypatch):
@@ -497,13 +494,15 @@ def test_one_writer_at_a_time(tmp_path):
     (tmp_path / "a.txt").write_text(STORY * 9)
     out, refused = tmp_path / "out", []
 
-    def intrude(what: str, done: int, total: int | None) -> None:
+    class Intruding(Reporter):
         """Comes while the first preparation is under way."""
-        with pytest.raises(UserError, match="is in use by another process"):
-            prepare([str(tmp_path / "a.txt")], out, DataConfig(), overwrite=True)
-        refused.append(what)
 
-    report = prepare([str(tmp_path / "a.txt")], out, DataConfig(), progress=intrude)
+        def advance(self, name: str, done: int, total: int | None) -> None:
+            with pytest.raises(UserError, match="is in use by another process"):
+                prepare([str(tmp_path / "a.txt")], out, DataConfig(), overwrite=True)
+            refused.append(name)
+
+    report = prepare([str(tmp_path / "a.txt")], out, DataConfig(), reporter=Intruding())
     assert "tokenizing" in refused
     assert len(load_data(out).train) == report.train_tokens
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "out"]

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-from functools import partial
 from pathlib import Path
 
 from glassgpt.checkpoints import hub
@@ -22,9 +21,8 @@ from glassgpt.checkpoints.run_directory import (
     load_model,
     with_adapter,
 )
-from glassgpt.data.download import download
 from glassgpt.errors import UserError, explain_os_errors
-from glassgpt.system import SILENT, Reporter, cache_dir, write_file
+from glassgpt.system import SILENT, Reporter, cache_dir, download, write_file
 from glassgpt.tokenizers.tokenizer import Tokenizer, fingerprint
 from glassgpt.tokenizers.vocabulary import GPT2_FILES, build_tokenizer
 
@@ -94,8 +92,7 @@ def _fetch_openai(model: str, reporter: Reporter) -> Path:
     folder = cache_dir() / "openai" / model
     try:
         for file, url in files_of(model).items():
-            download(url, folder / file, sha256=GPT2_FILES.get(file),
-                     progress=partial(reporter.advance, file))  # fmt: skip
+            download(url, folder / file, sha256=GPT2_FILES.get(file), reporter=reporter)
     finally:
         reporter.close()
     return folder

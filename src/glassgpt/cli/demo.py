@@ -47,7 +47,7 @@ def _text_at_hand(reporter: Reporter) -> str:
     """Shakespeare if it is cached or comes quickly, else the manual that Python carries."""
     try:
         reporter.status("fetching Shakespeare (1 MB)")
-        corpora.fetch("shakespeare", timeout=5.0)
+        corpora.fetch_corpus("shakespeare", timeout=5.0)
         return "shakespeare"
     except UserError:
         reporter.say("Shakespeare can't be fetched now; using the Python manual on this machine.")

@@ -77,7 +77,7 @@ def prepare_verb(
     terminal = Terminal()
     try:
         report = run(sources, out, DataConfig(**options), workers=workers, overwrite=overwrite,
-                     progress=terminal.advance)  # fmt: skip
+                     reporter=terminal)  # fmt: skip
     finally:
         terminal.close()
     print(describe(report, out))

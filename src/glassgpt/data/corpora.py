@@ -1,7 +1,7 @@
 """Texts with a name: where they come from, what they may be used for, and the exact bytes they are.
 
-    from glassgpt.data.corpora import CORPORA, fetch
-    fetch("shakespeare")     # [PosixPath('~/.cache/glassgpt/corpora/shakespeare/input.txt')]
+    from glassgpt.data.corpora import CORPORA, fetch_corpus
+    fetch_corpus("shakespeare")     # [PosixPath('~/.cache/glassgpt/corpora/shakespeare/input.txt')]
 
 Every file is pinned by revision, size and SHA-256. This room does not know how text is read out of
 them (`sources.py` does).
@@ -10,13 +10,27 @@ them (`sources.py` does).
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable
+import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
-from glassgpt.data.download import TIMEOUT, download
 from glassgpt.errors import UserError, explain_os_errors
-from glassgpt.system import cache_dir, write_file
+from glassgpt.system import (
+    BUSY,
+    RETRIES,
+    RETRY_PAUSE,
+    SILENT,
+    TIMEOUT,
+    Reporter,
+    cache_dir,
+    download,
+    mirrored,
+    write_file,
+)
+
+if TYPE_CHECKING:
+    from fsspec.spec import AbstractBufferedFile
 
 
 @dataclass(frozen=True)
@@ -48,16 +62,12 @@ class Corpus:
     streamed: bool = False
 
 
-def fetch(
-    name: str,
-    progress: Callable[[str, int, int | None], None] | None = None,
-    *,
-    timeout: float = TIMEOUT,
+def fetch_corpus(
+    name: str, reporter: Reporter = SILENT, *, timeout: float = TIMEOUT
 ) -> list[Path | RemoteFile]:
     """The files of corpus `name`: on this disk (fetched now if need be), or, if streamed, remote.
 
-    `progress(name, bytes_done, bytes_total)` is called while a file comes in. Raises UserError
-    when one can't be had.
+    Raises UserError when a file can't be fetched.
     """
     corpus = CORPORA[name]
     if corpus.streamed:
@@ -66,21 +76,50 @@ def fetch(
     if name == "python-manual":
         return [_write_python_manual(folder)]
 
-    def tell(done: int, total: int | None) -> None:
-        if progress is not None:
-            progress(name, done, total)
-
     return [
         download(
             file.url,
             folder / file.name,
             sha256=file.sha256,
             size=file.size,
-            progress=tell,
+            reporter=reporter,
+            name=name,
             timeout=timeout,
         )
         for file in corpus.files
     ]
+
+
+def open_remote(file: RemoteFile) -> AbstractBufferedFile:
+    """A file of a streamed corpus: seekable, and each read is a request for just these bytes.
+
+    Raises UserError when the file can't be opened or has another size than the pinned one.
+    """
+    from huggingface_hub import HfFileSystem
+
+    hub = HfFileSystem(endpoint=mirrored(_HUB), token=False, skip_instance_cache=True)
+    path = file.url.removeprefix(f"{_HUB}/").replace("/resolve/", "@")
+    for failures in range(RETRIES + 1):  # reading tries again by itself, opening does not
+        try:
+            opened = cast("AbstractBufferedFile", hub.open(path, "rb", cache_type="none"))
+            break
+        except Exception as error:
+            status = getattr(getattr(error, "response", None), "status_code", None)
+            if status not in BUSY or failures == RETRIES:
+                raise unreachable(file, error) from error
+            time.sleep(RETRY_PAUSE * 2**failures)
+    if opened.size != file.size:
+        raise UserError(
+            f"{file.url}: the file there has {opened.size} bytes where {file.size} "
+            "are right; use another source"
+        )
+    return opened
+
+
+def unreachable(file: RemoteFile, error: Exception) -> UserError:
+    """What to tell when `file` can't be read; the libraries below raise errors of many kinds."""
+    reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+    return UserError(f"cannot read {file.url}: {reason}; try again, or use another source")
 
 
 def _write_python_manual(folder: Path) -> Path:
@@ -110,7 +149,8 @@ _LLM_COURSE = f"{_GITHUB}/Infatoshi/fcc-intro-to-llms/62fea5d2891799dc0d8bf781b9
 _FROM_SCRATCH = (
     f"{_GITHUB}/waylandzhang/Transformer-from-scratch/def96882f9d009cd704e3db9e6e119e89e00352b"
 )
-_DATASETS = "https://huggingface.co/datasets"
+_HUB = "https://huggingface.co"
+_DATASETS = f"{_HUB}/datasets"
 _TINYSTORIES = (
     f"{_DATASETS}/roneneldan/TinyStories/resolve/f54c09fd23315a6f9c86f9dc80f725de7d8f9c64"
 )

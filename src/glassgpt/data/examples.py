@@ -38,9 +38,10 @@ from typing import Any, Literal, NamedTuple, TypeVar
 from glassgpt.config import ExampleFormat
 from glassgpt.data.archives import NotTextError
 from glassgpt.data.records import RECORDS, Record, lines, no_field, refuse_half, shown
-from glassgpt.data.sources import Progress, kind_by_name, read_files, resolve, suffix_of
+from glassgpt.data.sources import kind_by_name, read_files, resolve, suffix_of
 from glassgpt.data.texts import SEPARATOR, decode
 from glassgpt.errors import UserError, first_of, nearest
+from glassgpt.system import SILENT, Reporter
 
 Role = Literal["system", "user", "assistant"]
 _ROLES: dict[str, Role] = {
@@ -115,7 +116,7 @@ def read_examples(
     prompt_field: str | None = None,
     completion_field: str | None = None,
     label_field: str | None = None,
-    progress: Progress | None = None,
+    reporter: Reporter = SILENT,
 ) -> Examples:
     """The examples in `names`: files, folders, globs, packed or not, as `resolve` takes them.
 
@@ -128,7 +129,7 @@ def read_examples(
     """
     fields = _Fields(text_field, prompt_field, completion_field, label_field)
     reading = _Reading(fields.meant(format), fields)
-    files = resolve(names, progress=progress)
+    files = resolve(names, reporter=reporter)
     if format == "text":
         return Examples("text")
     files.sort(key=lambda file: _kind(file.name, kind_by_name(file.name)) not in RECORDS)

@@ -15,7 +15,7 @@ import json
 import sys
 from array import array
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +29,7 @@ from glassgpt.data.batches import load_data
 from glassgpt.data.overlap import OverlapSample
 from glassgpt.data.prepared import TokenWriter, new_folder, read_meta
 from glassgpt.errors import UserError, explain_os_errors, first_of
-from glassgpt.system import usable_cores, write_file
+from glassgpt.system import SILENT, Reporter, usable_cores, write_file
 from glassgpt.tokenizers.tokenizer import Tokenizer, fingerprint, to_files
 from glassgpt.tokenizers.vocabulary import build_tokenizer, tokenizer_path
 
@@ -39,8 +39,6 @@ _JOB_CHARS = 1 << 19  # what a worker takes at a time
 _MANY = 1000  # documents after which counting stops and the split needs no total
 _CHARS_PER_TOKEN = 16  # more than any text has on average: max_tokens needs to see no more
 _MAX_WORKERS = 1024
-
-Progress = Callable[[str, int, int | None], None]  # (what is being done, bytes done, bytes in all)
 
 
 @dataclass
@@ -87,7 +85,7 @@ def prepare(
     *,
     workers: int | None = None,
     overwrite: bool = False,
-    progress: Progress | None = None,
+    reporter: Reporter = SILENT,
 ) -> Report:
     """Tokenize `names` (files, folders, globs, corpora) into the folder `out`.
 
@@ -97,9 +95,8 @@ def prepare(
     """
     if workers is not None and not 1 <= workers <= _MAX_WORKERS:
         raise UserError(f"workers={workers} must lie between 1 and {_MAX_WORKERS}")
-    tell = progress or (lambda what, done, total: None)
-    inputs = sources.resolve(names, progress=tell)
-    val_inputs = sources.resolve([config.val], progress=tell) if config.val is not None else []
+    inputs = sources.resolve(names, reporter=reporter)
+    val_inputs = sources.resolve([config.val], reporter=reporter) if config.val is not None else []
     stamps = [sources.fingerprint(source) for source in (*inputs, *val_inputs)]
     key = data_key(stamps, config)
     out = Path(out)
@@ -107,7 +104,7 @@ def prepare(
         return stored
     files = [source.file for source in (*inputs, *val_inputs) if isinstance(source.file, Path)]
     with new_folder(out, inputs=files, overwrite=overwrite) as folder:
-        run = _Preparation(inputs, val_inputs, folder, config, workers, tell)
+        run = _Preparation(inputs, val_inputs, folder, config, workers, reporter)
         stated = {"fingerprint": key, "sources": stamps, "options": dataclasses.asdict(config)}
         meta = run.go() | stated
         write_file(folder / "meta.json", json.dumps(meta, indent=2).encode())
@@ -159,11 +156,11 @@ class _Preparation:
         folder: Path,
         config: DataConfig,
         workers: int | None,
-        tell: Progress,
+        reporter: Reporter,
     ) -> None:
         self.inputs, self.val_inputs, self.folder, self.config = inputs, val_inputs, folder, config
         self.workers = workers or usable_cores()
-        self.tell = tell
+        self.reporter = reporter
         self.report = Report()
         self.skipped: dict[str, None] = {}  # in order, once each, however often it is read
         self.hashes = array("q")  # of the documents that were kept
@@ -217,7 +214,7 @@ class _Preparation:
         def on_bytes(n: int) -> None:
             nonlocal done
             done += n
-            self.tell(what, done, total)
+            self.reporter.advance(what, done, total)
 
         pieces = sources.read_pieces(
             inputs,

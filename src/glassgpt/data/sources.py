@@ -31,19 +31,17 @@ from glassgpt.data.archives import (
     is_hidden,
     kind_of,
 )
-from glassgpt.data.corpora import CORPORA, RemoteFile, fetch
-from glassgpt.data.download import RangeFile
+from glassgpt.data.corpora import CORPORA, RemoteFile, fetch_corpus, open_remote, unreachable
 from glassgpt.data.prepared import has_tokens, is_prepared
 from glassgpt.data.records import TABLES
 from glassgpt.data.texts import Piece, cut_document, decode, split_documents
 from glassgpt.errors import UserError, explain_os_errors, nearest
-from glassgpt.system import sha256_of
+from glassgpt.system import SILENT, Reporter, sha256_of
 
 _BUFFER = 1 << 17  # bytes read from disk at least
 _REMOTE_BUFFER = 4 << 20  # bytes fetched by a request at least
 _MAX_DEPTH = 12  # levels of archives in archives: there are ones that contain themselves
 
-Progress = Callable[[str, int, int | None], None]  # (name, bytes done, bytes in all)
 T = TypeVar("T")
 Reader = Callable[
     [io.BufferedReader, str, str], Iterator[T]
@@ -66,17 +64,17 @@ class Source:
 # ---- what the user named, as files -----------------------------------------------------------
 
 
-def resolve(names: Sequence[str], *, progress: Progress | None = None) -> list[Source]:
+def resolve(names: Sequence[str], *, reporter: Reporter = SILENT) -> list[Source]:
     """The files behind `names`: files, folders, globs (also `**`) and names of corpora, in order.
 
     Folders are searched to the bottom, sorted, without hidden files and prepared data. What is
-    listed twice comes once. A corpus is fetched if need be, with `progress(name, bytes_done,
-    bytes_total)`. Raises UserError for a name that leads to nothing, or to prepared data.
+    listed twice comes once. A corpus is fetched if need be. Raises UserError for a name that leads
+    to nothing, or to prepared data.
     """
     assert not isinstance(names, str), "a list of names, not one name"
     found: dict[str, Source] = {}
     for name in names:
-        for source in _expand(name, progress):
+        for source in _expand(name, reporter):
             file = source.file
             key = os.path.realpath(file) if isinstance(file, Path) else file.url
             if key not in found or (source.named and not found[key].named):
@@ -84,7 +82,7 @@ def resolve(names: Sequence[str], *, progress: Progress | None = None) -> list[S
     return list(found.values())
 
 
-def _expand(name: str, progress: Progress | None) -> list[Source]:
+def _expand(name: str, reporter: Reporter) -> list[Source]:
     path = Path(name).expanduser()
     with explain_os_errors(f"read {name}"):
         if name and path.is_dir():
@@ -96,7 +94,7 @@ def _expand(name: str, progress: Progress | None) -> list[Source]:
                 raise UserError(f"{name} is empty")
             return [Source(name, path)]
         if name in CORPORA:
-            return [Source(f"{name}/{file.name}", file) for file in fetch(name, progress)]
+            return [Source(f"{name}/{file.name}", file) for file in fetch_corpus(name, reporter)]
         if glob.has_magic(name):
             return _worth_reading(name, _matching(name))
         parent = path.parent
@@ -257,8 +255,8 @@ class _Metered(io.RawIOBase):
     """
 
     def __init__(self, source: Source, on_bytes: Callable[[int], None] | None) -> None:
-        file = source.file
-        self._raw = io.FileIO(file) if isinstance(file, Path) else RangeFile(file.url, file.size)
+        self._file = file = source.file
+        self._raw = open_remote(file) if isinstance(file, RemoteFile) else io.FileIO(file)
         self._left, self._on_bytes = _size(source), on_bytes
 
     def _count(self, n: int) -> None:
@@ -283,7 +281,12 @@ class _Metered(io.RawIOBase):
         return self._raw.tell()
 
     def readinto(self, buffer: Any) -> int:
-        n = self._raw.readinto(buffer) or 0
+        try:
+            n = self._raw.readinto(buffer) or 0
+        except Exception as error:
+            if isinstance(self._file, RemoteFile):
+                raise unreachable(self._file, error) from error
+            raise
         self._count(n)
         return n
 

@@ -15,9 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from glassgpt.data.download import download
 from glassgpt.errors import UserError, nearest
-from glassgpt.system import cache_dir
+from glassgpt.system import cache_dir, download
 from glassgpt.tokenizers.tokenizer import (
     CharTokenizer,
     Tokenizer,

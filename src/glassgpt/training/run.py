@@ -324,7 +324,7 @@ def open_data(
         return load_data(names[0])
 
     def find_or_make() -> Path:
-        inputs = sources.resolve(names, progress=reporter.advance)
+        inputs = sources.resolve(names, reporter=reporter)
         inputs += sources.resolve([config.val]) if config.val is not None else []
         key = data_key([sources.fingerprint(source) for source in inputs], config)
         folder = cache_dir() / "data" / key
@@ -334,7 +334,7 @@ def open_data(
             folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_suffix(".lock")):  # a second training of the same text waits
             if not is_prepared(folder):
-                prepare(names, folder, config, overwrite=True, progress=reporter.advance)
+                prepare(names, folder, config, overwrite=True, reporter=reporter)
         return folder
 
     return load_data(machine.on_main(find_or_make))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import os
 import random
 import re
@@ -18,12 +19,12 @@ from pathlib import Path
 
 import pytest
 
-from glassgpt.data import download as module
-from glassgpt.data.corpora import CORPORA, Corpus, RemoteFile, fetch
-from glassgpt.data.download import RangeFile, download
+from glassgpt import system
+from glassgpt.data.corpora import CORPORA, Corpus, RemoteFile, fetch_corpus
 from glassgpt.data.sources import fingerprint, read_pieces, resolve, total_bytes
 from glassgpt.errors import UserError
-from glassgpt.system import cache_dir
+from glassgpt.system import Reporter, cache_dir, download
+from listener import Listener
 
 DATA = random.Random(0).randbytes(300_000)
 URL = "https://files.example/books/one.bin"
@@ -59,7 +60,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         server, wanted = self.server, self.headers.get("Range")
         server.requests.append((self.path, wanted))
-        data = server.files.get(self.path)
+        data = server.files.get(self.path.partition("?")[0])
         if server.codes or data is None:
             return self.send_error(server.codes.pop(0) if server.codes else 404)
         size, start, stop = len(data), 0, len(data)
@@ -105,7 +106,7 @@ def server(tmp_path, monkeypatch):
         monkeypatch.setenv("GLASSGPT_MIRROR", f"http://127.0.0.1:{server.server_port}/")
         monkeypatch.setenv("GLASSGPT_CACHE", str(tmp_path / "cache"))
         monkeypatch.setenv("no_proxy", "127.0.0.1")
-        monkeypatch.setattr(module, "RETRY_PAUSE", 0.01)
+        monkeypatch.setattr(system, "RETRY_PAUSE", 0.01)
         yield server
         server.shutdown()
         thread.join()
@@ -138,11 +139,12 @@ def error_of(target: Path, **changes) -> str:
 
 @pytest.mark.parametrize("size", [len(DATA), None])
 def test_fetched_once_and_counted(server, target, size):
-    steps = []
-    assert get(target, size=size, progress=lambda *step: steps.append(step)) == target
+    told = Listener()
+    assert get(target, size=size, reporter=told) == target
     assert target.read_bytes() == DATA
-    assert steps[-1] == (len(DATA), len(DATA))
-    assert [done for done, _ in steps] == sorted({done for done, _ in steps})
+    assert told.advanced[-1] == ("one.bin", len(DATA), len(DATA))
+    counts = [done for _, done, _ in told.advanced]
+    assert counts == sorted(set(counts))
     get(target)
     assert server.requests == [("/files.example/books/one.bin", None)]
     assert not partial_of(target).exists()
@@ -150,21 +152,22 @@ def test_fetched_once_and_counted(server, target, size):
 
 def test_goes_on_after_the_connection_was_cut(server, target):
     server.cuts = [100_000, 50_000]
-    steps = []
-    get(target, progress=lambda done, total: steps.append((done, total)))
+    told = Listener()
+    get(target, reporter=told)
     assert target.read_bytes() == DATA
     ranges = [wanted for _, wanted in server.requests]
     assert ranges == [None, "bytes=100000-", "bytes=150000-"]
-    assert steps[-1] == (len(DATA), len(DATA))
+    assert told.advanced[-1] == ("one.bin", len(DATA), len(DATA))
     assert server.sent == len(DATA)
 
 
 def test_goes_on_after_ctrl_c(server, target):
-    def interrupt(done: int, total: int | None) -> None:
-        raise KeyboardInterrupt
+    class Interrupting(Reporter):
+        def advance(self, name: str, done: int, total: int | None) -> None:
+            raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        get(target, progress=interrupt)
+        get(target, reporter=Interrupting())
     kept = partial_of(target).stat().st_size
     assert 0 < kept < len(DATA)
     assert not target.exists()
@@ -198,10 +201,10 @@ def test_gives_up_where_it_gets_no_further(server, target, knows_range):
 
 
 def test_a_server_that_does_not_say_how_long_the_file_is(server, target):
-    server.says_length, steps = False, []
-    get(target, size=None, progress=lambda *step: steps.append(step))
+    server.says_length, told = False, Listener()
+    get(target, size=None, reporter=told)
     assert target.read_bytes() == DATA
-    assert steps[-1] == (len(DATA), None)
+    assert told.advanced[-1] == ("one.bin", len(DATA), None)
 
 
 def test_a_cut_is_noticed_by_the_size_where_the_server_does_not_say(server, target):
@@ -331,10 +334,10 @@ def test_a_file_where_the_folder_should_be(server, target):
 def test_two_processes_share_one_download(server, target):
     server.delay = 0.3
     call = (
-        "from pathlib import Path; from glassgpt.data.download import download; "
+        "from pathlib import Path; from glassgpt.system import download; "
         f"download({URL!r}, Path({str(target)!r}), sha256={sha256(DATA)!r}, size={len(DATA)})"
     )
-    source = str(Path(module.__file__).parents[2])
+    source = str(Path(system.__file__).parents[1])
     environment = {**os.environ, "PYTHONPATH": source}
     processes = [subprocess.Popen([sys.executable, "-c", call], env=environment) for _ in range(3)]
     assert [process.wait() for process in processes] == [0, 0, 0]
@@ -351,46 +354,6 @@ def test_cache_folder(monkeypatch):
     assert cache_dir() == Path("/big/cache/glassgpt")
     monkeypatch.setenv("GLASSGPT_CACHE", "~/here")
     assert cache_dir() == Path("/home/ada/here")
-
-
-# ---- parts of files --------------------------------------------------------------------------
-
-
-def test_range_file_reads_like_a_file(server):
-    chance, here = random.Random(1), io.BytesIO(DATA)
-    there = io.BufferedReader(RangeFile(URL, len(DATA)), 10_000)
-    for _ in range(60):
-        whence = chance.choice([io.SEEK_SET, io.SEEK_CUR, io.SEEK_END])
-        offset = chance.randrange(len(DATA)) if whence == io.SEEK_SET else -chance.randrange(2000)
-        offset = max(offset, -here.tell()) if whence == io.SEEK_CUR else offset
-        assert there.seek(offset, whence) == here.seek(offset, whence)
-        n = chance.choice([0, 1, 100, 15_000])
-        assert there.read(n) == here.read(n)
-        assert there.tell() == here.tell()
-    assert there.read() == here.read()
-    assert there.read(1) == b""
-
-
-def test_range_file_tries_again(server):
-    server.cuts, server.codes = [10, 500], [503]
-    assert io.BufferedReader(RangeFile(URL, len(DATA))).read(1000) == DATA[:1000]
-
-
-@pytest.mark.parametrize(
-    ("habit", "words"),
-    [
-        ({"knows_range": False}, "can't send a part"),
-        ({"shift": 3}, "can't send a part"),
-        ({"total": 7}, "has 7 bytes where 300000 are right"),
-        ({"files": {}}, "404"),
-        ({"cuts": [10] * 99}, "was cut"),
-    ],
-)
-def test_range_file_says_what_is_wrong(server, habit, words):
-    vars(server).update(habit)
-    with pytest.raises(UserError, match=re.escape(words)):
-        io.BufferedReader(RangeFile(URL, len(DATA))).read(1000)
-    assert len(server.requests) < 10
 
 
 # ---- corpora ---------------------------------------------------------------------------------
@@ -413,12 +376,12 @@ def test_a_corpus_is_fetched_into_the_cache(server, monkeypatch):
     file = RemoteFile("https://host/a/b.txt", 5, sha256(b"hello"))
     monkeypatch.setitem(CORPORA, "tiny", Corpus("tiny", "a word", "none", (file,)))
     server.files["/host/a/b.txt"] = b"hello"
-    steps = []
-    (source,) = resolve(["tiny"], progress=lambda *step: steps.append(step))
+    told = Listener()
+    (source,) = resolve(["tiny"], reporter=told)
     assert source.name == "tiny/b.txt"
     assert source.file == cache_dir() / "corpora" / "tiny" / "b.txt"
     assert [piece.text for piece in read_pieces([source])] == ["hello"]
-    assert steps == [("tiny", 5, 5)]
+    assert told.advanced == [("tiny", 5, 5)]
     resolve(["tiny"])
     assert len(server.requests) == 1
 
@@ -427,7 +390,7 @@ def test_a_corpus_that_changed_is_refused(server):
     path = CORPORA["shakespeare"].files[0].url.removeprefix("https:/")
     server.files[path] = b"x" * CORPORA["shakespeare"].files[0].size
     with pytest.raises(UserError, match="refused"):
-        fetch("shakespeare")
+        fetch_corpus("shakespeare")
 
 
 def test_the_python_manual_needs_no_network(server):
@@ -444,38 +407,91 @@ def test_the_python_manual_needs_no_network(server):
     assert len(os.listdir(cache_dir() / "corpora" / "python-manual")) == 1
 
 
-@pytest.mark.slow
-def test_a_streamed_corpus_is_read_as_far_as_needed(server, monkeypatch):
+REPOSITORY, REVISION = "datasets/ada/rows", "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def hub(server, monkeypatch):
+    """The server plays the Hub, with one Parquet file; `add(data)` exchanges it."""
+    import huggingface_hub
+    import huggingface_hub.utils._http as http
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(http.time, "sleep", lambda seconds: None)
+    huggingface_hub.close_session()
+    place = f"/huggingface.co/{REPOSITORY}/resolve/{REVISION}/sample/rows.parquet"
+    api = f"/huggingface.co/api/{REPOSITORY}"
+    about = {"id": "ada/rows", "sha": REVISION, "siblings": []}
+    server.files[f"{api}/revision/{REVISION}"] = json.dumps(about).encode()
+
+    def add(data: bytes) -> RemoteFile:
+        entry = {"type": "file", "path": "sample/rows.parquet", "size": len(data), "oid": "0" * 40}
+        server.files[f"{api}/tree/{REVISION}/sample"] = json.dumps([entry]).encode()
+        server.files[place] = data
+        file = RemoteFile(place.replace("/", "https://", 1), len(data), sha256(data))
+        corpus = Corpus("wide", "rows", "none", (file,), streamed=True)
+        monkeypatch.setitem(CORPORA, "wide", corpus)
+        return file
+
+    server.add, server.place = add, place
+    yield server
+    huggingface_hub.close_session()
+
+
+def parquet_of(rows: list[str]) -> bytes:
     import pyarrow
     import pyarrow.parquet
 
-    chance = random.Random(2)
-    rows = [chance.randbytes(5000).hex() for _ in range(3000)]
     file = io.BytesIO()
     table = pyarrow.table({"text": rows, "unread": [row[::-1] for row in rows]})
     pyarrow.parquet.write_table(table, file, row_group_size=100)
-    data = file.getvalue()
-    server.files["/host/rows.parquet"] = data
-    remote = RemoteFile("https://host/rows.parquet", len(data), sha256(data))
-    corpus = Corpus("wide", "rows", "none", (remote,), streamed=True)
-    monkeypatch.setitem(CORPORA, "wide", corpus)
+    return file.getvalue()
+
+
+@pytest.mark.slow
+def test_a_streamed_corpus_is_read_as_far_as_needed(hub):
+    chance = random.Random(2)
+    rows = [chance.randbytes(5000).hex() for _ in range(3000)]
+    data = parquet_of(rows)
+    remote = hub.add(data)
 
     sources = resolve(["wide"])
-    assert server.requests == []
+    assert hub.requests == []
     assert total_bytes(sources) == len(data)
     assert fingerprint(sources[0])["sha256"] == remote.sha256
 
     pieces = read_pieces(sources)
     assert [next(pieces).text for _ in range(50)] == rows[:50]
     del pieces
-    assert server.sent < len(data) / 2
+    assert hub.sent < len(data) / 2
 
     counts = []
     assert [piece.text for piece in read_pieces(sources, on_bytes=counts.append)] == rows
     assert sum(counts) == len(data)
-    assert len(server.requests) < 30  # each costs a round trip
+    assert len(hub.requests) < 35  # each costs a round trip
     assert not cache_dir().exists()
 
-    server.files["/host/rows.parquet"] = data + b"!"
+    hub.add(data + b"!")
     with pytest.raises(UserError, match="are right"):
         list(read_pieces(sources))
+
+
+def test_a_streamed_corpus_outlives_a_busy_server_and_cut_connections(hub):
+    hub.add(parquet_of(["a text", "another"]))
+    hub.codes, hub.cuts = [503], [1 << 20, 1 << 20, 10, 500]
+    assert [piece.text for piece in read_pieces(resolve(["wide"]))] == ["a text", "another"]
+    assert hub.cuts == []
+
+
+@pytest.mark.parametrize(
+    ("habit", "words"),
+    [({"files": {}}, "404"), ({"cuts": [1 << 20, 1 << 20] + [10] * 99}, "cannot read")],
+)
+def test_a_streamed_corpus_says_what_is_wrong(hub, habit, words):
+    hub.add(parquet_of(["a text"]))
+    vars(hub).update(habit)
+    with pytest.raises(UserError, match=words) as caught:
+        list(read_pieces(resolve(["wide"])))
+    assert "https://huggingface.co/datasets/ada/rows/" in str(caught.value)
+    assert "another source" in str(caught.value)
+    assert len(hub.requests) < 12
