@@ -21,6 +21,7 @@ from urllib.parse import urlencode
 
 import pytest
 
+GOLDEN = Path(__file__).parent / "golden" / "modern"
 PATIENCE = 120  # seconds until a page that doesn't answer counts as broken
 PHONE = {"width": 360, "height": 740}
 
@@ -138,3 +139,13 @@ def explored(run: Path, *arguments: object, **options: Any) -> Iterator[Explorer
         server.terminate()
         server.wait(PATIENCE)
     assert not wrong, wrong
+
+
+def trained(folder: Path) -> Path:
+    """A character model with the traces of a training: metrics, and a snapshot."""
+    shutil.copytree(GOLDEN, folder)
+    shutil.copytree(GOLDEN, folder / "snapshots" / "000010")
+    rows = [{"step": 10 * i, "tokens": 40 * i, "train_loss": 3 / (i + 1), "lr": 0.1,
+             "seconds": 1.0 * i, "val_loss": 3.1 / (i + 1)} for i in range(4)]  # fmt: skip
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder

@@ -63,7 +63,7 @@ def test_the_commands_and_the_python_example_run(tmp_path, monkeypatch, capsys) 
     more = {"train": SMALL, "finetune": SMALL[-4:]}
     for command in COMMANDS:
         words = shlex.split(command)
-        if words[0] == "explore":  # serves until Ctrl-C; tests/e2e/test_explore.py
+        if words[0] == "explore":  # serves until Ctrl-C; tests/e2e/test_explore_server.py
             continue
         if {"book.txt", "runs/book", "runs/judge"} & {*words[1:3]} and "gpt2" not in words:
             main(words + more.get(words[0], []))

@@ -391,14 +391,14 @@ def explore_verb(
     import contextlib
     import webbrowser
 
+    from glassgpt.studio.explorer import Explorer
     from glassgpt.studio.server import listen, serve
-    from glassgpt.studio.session import Session
 
     with listen(host, port) as listener, contextlib.suppress(KeyboardInterrupt):
-        session = Session(run, other, device)
+        explorer = Explorer(run, other, device)
         port = listener.getsockname()[1]
         url = f"http://{f'[{host}]' if ':' in host else host}:{port}/"
         print(f"{url} (Ctrl-C ends)", flush=True)
         if browser:
             webbrowser.open(url)
-        serve(session, listener, host)
+        serve(explorer, listener, host)

@@ -1,1 +1,1 @@
-"""The page in the browser, and the server that answers it."""
+"""The page in the browser that shows what happens inside a model, and the server behind it."""

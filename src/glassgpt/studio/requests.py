@@ -1,4 +1,4 @@
-"""What a page may ask, field by field; `session.py` answers.
+"""What a page may ask, field by field; `explorer.py` answers.
 
 TraceRequest(text="Once upon a time", off=["3.mlp"])
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from glassgpt.interpret.lens import Fill
-from glassgpt.studio.drawing import Filters
 
 
 @dataclass(frozen=True)
@@ -23,7 +22,7 @@ class Which:
 
 @dataclass(frozen=True)
 class Patch:
-    """Parts that are taken from a pass over another text."""
+    """Parts whose activations are taken from a pass over another text."""
 
     parts: list[str]
     text: str | None = None
@@ -38,6 +37,17 @@ class TraceRequest(Which):
 
 
 @dataclass(frozen=True)
+class Filters:
+    """The fields of `Sampling` that a page sets; with their defaults, no filter does anything."""
+
+    repetition_penalty: float | None = None
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+
+
+@dataclass(frozen=True)
 class DistributionRequest(Filters):
     position: int = -1
     show: int = 60
@@ -47,7 +57,7 @@ class DistributionRequest(Filters):
 @dataclass(frozen=True)
 class SampleRequest(Which, Filters):
     prompt: list[int] = field(default_factory=list)
-    new: list[int] = field(default_factory=list)  # drawn already, behind the prompt
+    new: list[int] = field(default_factory=list)  # tokens that were drawn after the prompt before
     n: int = 1
     seed: int = 1337
     sample: int = 0

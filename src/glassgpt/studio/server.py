@@ -1,46 +1,49 @@
-"""The explorer's server: URLs to questions, answers to JSON and bytes. Nothing is computed here.
+"""The explorer's server: URLs become questions, answers become JSON and bytes.
 
     glassgpt explore runs/book
 
-FastAPI is imported when a server is built: it belongs to the extra `serve`.
+Nothing is computed here. FastAPI is imported when a server is built: it belongs to the extra
+`serve`.
 """
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import socket
+from collections.abc import Awaitable, Callable
+from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from threading import Lock
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from glassgpt.errors import UserError
+from glassgpt.studio.explorer import Explorer, NotHeldError
 from glassgpt.studio.held_trace import MissingError
-from glassgpt.studio.requests import (
-    DistributionRequest,
-    PatchMapRequest,
-    SampleRequest,
-    TraceRequest,
-)
-from glassgpt.studio.session import NotHeldError, Session
+from glassgpt.studio.shown_trace import ShownTrace
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI, Request, Response
+    from fastapi.exceptions import RequestValidationError
+    from starlette.exceptions import HTTPException
 
 STATIC = Path(__file__).parent / "static"
 _HEADERS = {
     "Content-Security-Policy": "default-src 'self'; img-src 'self' data: blob:; "
-                               "style-src 'self' 'unsafe-inline'; base-uri 'none'; "
-                               "frame-ancestors 'none'",
+    "style-src 'self' 'unsafe-inline'; base-uri 'none'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-store",
-}  # fmt: skip
+}
 
 
-def build_app(session: Session, hosts: list[str]) -> Any:
-    """The ASGI application. It answers for `hosts` only: another name that a web site had pointed
-    here would let that site read the answers."""
+def build_app(explorer: Explorer, hosts: list[str]) -> FastAPI:
+    """The ASGI application. It answers only requests whose Host header is one of `hosts`:
+    otherwise a web site could point a name of its own at this machine and read the answers."""
     from fastapi import FastAPI
-    from fastapi.responses import Response
     from fastapi.staticfiles import StaticFiles
     from starlette.middleware.trustedhost import TrustedHostMiddleware
 
@@ -48,144 +51,117 @@ def build_app(session: Session, hosts: list[str]) -> Any:
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=hosts)
 
     @app.middleware("http")
-    async def headers(request: Any, call_next: Any) -> Any:
+    async def headers(
+        request: Request, call_next: Callable[[Request], Awaitable[Response]]
+    ) -> Response:
         response = await call_next(request)
         response.headers.update(_HEADERS)
         return response
 
-    def answer(value: Any, status: int = 200) -> Response:
-        text = json.dumps(_finite(value), ensure_ascii=False, allow_nan=False)
-        return Response(text.encode("utf-8", "replace"), status, media_type="application/json")
-
-    _errors(app, answer)
-    _routes(app, session, answer)
-    _trace_routes(app, session, answer)
-
-    @app.api_route("/api/{rest:path}", methods=["GET", "POST"], response_model=None)
-    def nothing(rest: str):
+    def unknown(rest: str) -> None:
         raise MissingError(f"there is no /api/{rest}")
 
+    _handle_errors(app)
+    _add_routes(app, explorer)
+    app.add_api_route("/api/{rest:path}", unknown, methods=["GET", "POST"], response_model=None)
     app.mount("/", StaticFiles(directory=STATIC, html=True, check_dir=False))
     return app
 
 
-def _errors(app: Any, answer: Any) -> None:
+def _handle_errors(app: FastAPI) -> None:
     from fastapi.exceptions import RequestValidationError
     from starlette.exceptions import HTTPException
 
     @app.exception_handler(UserError)
-    def refused(request: Any, error: UserError) -> Any:
-        status = (
-            410
-            if isinstance(error, NotHeldError)
-            else 404
-            if isinstance(error, MissingError)
-            else 400
-        )
-        return answer({"error": " ".join(str(error).split())}, status)
+    def refused(request: Request, error: UserError) -> Response:
+        status = {NotHeldError: 410, MissingError: 404}.get(type(error), 400)
+        return _json({"error": " ".join(str(error).split())}, status)
 
     @app.exception_handler(RequestValidationError)
-    def malformed(request: Any, error: Any) -> Any:
+    def malformed(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"][1:]) or "the request"
-        return answer({"error": f"{where}: {first['msg']}"}, 400)
+        return _json({"error": f"{where}: {first['msg']}"}, 400)
 
     @app.exception_handler(HTTPException)
-    def other(request: Any, error: Any) -> Any:
-        return answer({"error": f"{request.url.path}: {error.detail}"}, error.status_code)
+    def other(request: Request, error: HTTPException) -> Response:
+        return _json({"error": f"{request.url.path}: {error.detail}"}, error.status_code)
 
 
-def _routes(app: Any, session: Session, answer: Any) -> None:
-    @app.get("/api/model", response_model=None)
-    def model():
-        return answer(session.model())
-
-    @app.post("/api/trace", response_model=None)
-    def trace(asked: TraceRequest):
-        return answer(session.trace(asked))
-
-    @app.post("/api/sample", response_model=None)
-    def sample(asked: SampleRequest):
-        return answer(session.sample(asked))
-
-    @app.get("/api/compare", response_model=None)
-    def compare(a: str, b: str):
-        return answer(session.compare(a, b))
-
-    @app.post("/api/patch_map", response_model=None)
-    def patch_map(asked: PatchMapRequest):
-        return _bytes(session.patch_map(asked))
-
-    @app.get("/api/token/{token}", response_model=None)
-    def token(token: int, model: str = "a"):
-        return answer(session.token(token, model))
-
-    @app.get("/api/training", response_model=None)
-    def training():
-        return answer(session.training())
-
-
-def _trace_routes(app: Any, session: Session, answer: Any) -> None:
+def _add_routes(app: FastAPI, explorer: Explorer) -> None:
+    """Each URL with the method that answers it; the method's arguments are read from the URL, and
+    a request from the body."""
     from fastapi import Query
 
-    @app.get("/api/trace/{key}/maps", response_model=None)
-    def maps(key: str):
-        return _bytes(session.maps(key))
+    lock = Lock()  # an Explorer answers one question at a time
 
-    @app.get("/api/trace/{key}/tensor/{name}", response_model=None)
-    def tensor(key: str, name: str, head: int | None = None, rows: str = "", columns: str = ""):
-        return _bytes(session.tensor(key, name, head, rows, columns))
+    def add(path: str, question: Callable[..., object], method: str = "GET") -> None:
+        parameters = [*inspect.signature(question, eval_str=True).parameters.values()]
+        of_trace = "{key}" in path  # a method of ShownTrace: the URL names it instead of `self`
+        if of_trace:
+            parameters[0] = parameters[0].replace(name="key", annotation=str)
 
-    @app.get("/api/trace/{key}/cell/{name}", response_model=None)
-    def cell(key: str, name: str, index: str):
-        return answer(session.cell(key, name, _integers(index)))
+        def answer(**arguments: object) -> Response:
+            with lock:
+                held = [explorer.held(str(arguments.pop("key")))] if of_trace else []
+                found = question(*held, **arguments)
+            return _bytes(found) if isinstance(found, np.ndarray) else _json(found)
+
+        answer.__signature__ = inspect.Signature(parameters)
+        app.add_api_route(path, answer, methods=[method], response_model=None)
 
     first, end = Query(None, alias="from"), Query(None, alias="to")
 
-    @app.get("/api/trace/{key}/lens", response_model=None)
-    def lens(key: str, first: int | None = first, end: int | None = end, k: int = 5):
-        return answer(session.lens(key, first, end, k))
+    def lens(held: ShownTrace, first: int | None = first, end: int | None = end, k: int = 5):
+        return held.lens(first, end, k)
 
-    @app.get("/api/trace/{key}/attribution", response_model=None)
-    def attribution(
-        key: str, position: int = -1, token: int | None = None, against: int | None = None
-    ):
-        return answer(session.attribution(key, position, token, against))
-
-    @app.get("/api/trace/{key}/loss", response_model=None)
-    def loss(key: str):
-        return answer(session.loss(key))
-
-    @app.post("/api/trace/{key}/distribution", response_model=None)
-    def distribution(key: str, asked: DistributionRequest):
-        return answer(session.distribution(key, asked))
-
-
-def _integers(text: str) -> list[int]:
-    try:
-        return [int(number) for number in text.split(",")]
-    except ValueError:
-        raise UserError(f"index={text!r}: write numbers, as in index=0,3,5") from None
+    add("/api/model", explorer.model)
+    add("/api/training", explorer.training)
+    add("/api/token/{token}", explorer.token)
+    add("/api/trace", explorer.trace, "POST")
+    add("/api/compare", explorer.compare)
+    add("/api/sample", explorer.sample, "POST")
+    add("/api/patch_map", explorer.patch_map, "POST")
+    add("/api/trace/{key}/maps", ShownTrace.small_maps)
+    add("/api/trace/{key}/tensor/{name}", ShownTrace.window)
+    add("/api/trace/{key}/cell/{name}", ShownTrace.cell)
+    add("/api/trace/{key}/lens", lens)
+    add("/api/trace/{key}/attribution", ShownTrace.attribution)
+    add("/api/trace/{key}/loss", ShownTrace.loss)
+    add("/api/trace/{key}/distribution", ShownTrace.distribution, "POST")
 
 
-def _bytes(array: np.ndarray) -> Any:
+def _json(value: object, status: int = 200) -> Response:
+    from fastapi.responses import Response
+
+    content = to_json(value).encode("utf-8", "replace")
+    return Response(content, status, media_type="application/json")
+
+
+def to_json(value: object) -> str:
+    return json.dumps(_plain(value), ensure_ascii=False, allow_nan=False)
+
+
+def _plain(value: object) -> object:
+    """What JSON can hold: dataclasses become objects (a field `from_` is called "from"), infinity
+    and NaN become null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if is_dataclass(value):
+        return {f.name.rstrip("_"): _plain(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, dict):
+        return {key: _plain(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(one) for one in value]
+    return value
+
+
+def _bytes(array: np.ndarray) -> Response:
     from fastapi.responses import Response
 
     little = array.astype(array.dtype.newbyteorder("<"), copy=False)
-    shape = ",".join(map(str, array.shape))
-    return Response(little.tobytes(), media_type="application/octet-stream",
-                    headers={"X-Shape": shape})  # fmt: skip
-
-
-def _finite(value: Any) -> Any:
-    """JSON knows neither infinity nor NaN: they become null."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _finite(one) for key, one in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(one) for one in value]
-    return value
+    shape = {"X-Shape": ",".join(map(str, array.shape))}
+    return Response(little.tobytes(), headers=shape, media_type="application/octet-stream")
 
 
 # -- serving -------------------------------------------------------------------------------------
@@ -197,8 +173,9 @@ def listen(host: str, port: int) -> socket.socket:
         import fastapi  # noqa: F401
         import uvicorn  # noqa: F401
     except ModuleNotFoundError as error:
-        raise UserError(f"glassgpt explore needs {error.name}; install it: "
-                        "pip install 'glassgpt[serve]'") from error  # fmt: skip
+        raise UserError(
+            f"glassgpt explore needs {error.name}; install it: pip install 'glassgpt[serve]'"
+        ) from error
     if not 0 <= port <= 65535:
         raise UserError(f"port={port} must be 0 to 65535")
     try:
@@ -206,19 +183,20 @@ def listen(host: str, port: int) -> socket.socket:
         listener = socket.socket(family)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))
-        listener.listen(128)  # now: of two servers that start together, one must lose
+        listener.listen(128)  # at once: if two servers start together, the second must fail here
         return listener
     except OSError as error:
-        raise UserError(f"cannot listen on {host}:{port}: {error.strerror or error}; choose "
-                        f"another with --port {min(port + 1, 65535)}") from error  # fmt: skip
+        raise UserError(
+            f"cannot listen on {host}:{port}: {error.strerror or error}; choose another with "
+            f"--port {min(port + 1, 65535)}"
+        ) from error
 
 
-def serve(session: Session, listener: socket.socket, host: str) -> None:
+def serve(explorer: Explorer, listener: socket.socket, host: str) -> None:
     """Answer until Ctrl-C."""
     import uvicorn
 
     here = ["127.0.0.1", "localhost", "[::1]", host]
-    hosts = ["*"] if host in ("0.0.0.0", "::", "") else here
-    config = uvicorn.Config(build_app(session, hosts), log_level="warning", lifespan="off",
-                            timeout_graceful_shutdown=1)  # fmt: skip
+    app = build_app(explorer, ["*"] if host in ("0.0.0.0", "::", "") else here)
+    config = uvicorn.Config(app, log_level="warning", lifespan="off", timeout_graceful_shutdown=1)
     uvicorn.Server(config).run(sockets=[listener])

@@ -1,12 +1,12 @@
-/* Lines that must be read: one per cause, until it is gone or dismissed. Knows no cause. */
+/* Lines that people must read: one per cause, until the cause is gone or the line is dismissed. */
 
 import { el } from "./parts/dom.js";
 
-/** `t` is asked when a line is shown, so that it speaks the language of then. */
+/** `t` is called when a line is shown, so that the line has the language of that moment. */
 export function makeAlerts(root, t) {
   const lines = new Map(); // cause -> element
   return {
-    /** Says it; a second line for the same cause takes the first one's place. */
+    /** Shows a line, which replaces an earlier one of the same cause. */
     say(message, cause = message, kind = "bad") {
       const line = el("p", { class: `alert ${kind}`, "data-cause": cause }, el("span", null, message),
         el("button", { type: "button", class: "quiet", "aria-label": t()("dismiss"),

@@ -12,12 +12,12 @@ export class ApiError extends Error {
   }
 }
 
-const MOST_KEPT = 300; // answers
+const MOST_KEPT = 300; // answers in memory
 
 export function makeApi(sayGone) {
   const kept = new Map(); // path -> promise of an answer
-  let request = null; // of the trace shown
-  let current = null; // its id
+  let request = null; // the request of the present trace
+  let current = null; // the id of the present trace
 
   async function ask(path, options) {
     let response;
@@ -31,7 +31,7 @@ export function makeApi(sayGone) {
     try {
       const body = await response.json();
       message = body.error ?? (body.detail && JSON.stringify(body.detail)) ?? message;
-    } catch { /* not ours: the status will do */ }
+    } catch { /* not an answer of ours: only the status is shown */ }
     throw new ApiError(message, response.status);
   }
 
@@ -49,7 +49,7 @@ export function makeApi(sayGone) {
     return { shape, data: floats ? new Float32Array(bytes) : new Uint8Array(bytes) };
   }
 
-  /** About the trace shown: `path` behind /api/trace/ID/. */
+  /** A question about the present trace: `path` follows /api/trace/ID/. */
   async function ofTrace(path, read, options) {
     const key = `${current}/${path}${options ? options.body : ""}`;
     if (!kept.has(key)) {
@@ -67,7 +67,7 @@ export function makeApi(sayGone) {
     return kept.get(key);
   }
 
-  // A newer update of the view aborts the older one's signal; its answer then goes nowhere.
+  // A newer update of the view aborts the signal of the older one, whose answer is then dropped.
   const unlessOld = async (promise, signal) => {
     const answer = await promise;
     signal?.throwIfAborted();
@@ -76,20 +76,20 @@ export function makeApi(sayGone) {
   const json = (response) => response.json();
 
   return {
-    /** GET /api/PATH and POST /api/PATH, as JSON. Not kept. */
+    /** GET /api/PATH and POST /api/PATH, as JSON. Answers are not kept. */
     get: (path, signal) => unlessOld(ask(path).then(json), signal),
     post: (path, value, signal) => unlessOld(ask(path, body(value)).then(json), signal),
-    /** POST that is answered with a tensor (patch_map). */
+    /** POST whose answer is a tensor (patch_map). */
     postTensor: (path, value, signal) =>
       unlessOld(ask(path, body(value)).then(readTensor), signal),
-    /** POST /api/trace. The one shown if `shown`; of others (to compare) just the answer. */
+    /** POST /api/trace. With `shown` it becomes the present trace; others are compared with it. */
     async trace(wanted, { shown = true, signal } = {}) {
       const answer = await ask("trace", body(wanted)).then(json);
       signal?.throwIfAborted();
       if (shown) [request, current] = [wanted, answer.trace];
       return answer;
     },
-    /** GET or, with `value`, POST /api/trace/ID/PATH of the trace shown, as JSON. */
+    /** GET or, with `value`, POST /api/trace/ID/PATH of the present trace, as JSON. */
     ofTrace: (path, signal, value) =>
       unlessOld(ofTrace(path, json, value && body(value)), signal),
     maps: (signal) => unlessOld(ofTrace("maps", readTensor), signal),

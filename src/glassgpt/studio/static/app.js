@@ -22,7 +22,7 @@ import { makeShell } from "./shell.js";
 import { FIELDS, changesTrace, makeStore, traceRequest } from "./state.js";
 import { VIEWS } from "./views/index.js";
 
-const PAUSE = 180; // ms without a key before a text is sent
+const PAUSE = 180; // ms after the last key until a text is sent
 
 const fields = Object.assign({ ...FIELDS }, ...VIEWS.map((view) => view.state ?? {}));
 const store = makeStore(fields, changed);
@@ -30,27 +30,27 @@ const main = document.getElementById("main");
 const place = document.getElementById("view");
 const alerts = makeAlerts(document.getElementById("alerts"), () => app.t);
 
-/** What every view and part gets: read `state`, `model`, `trace`; change with `set`. */
+/** What every view and part gets. They read `state`, `model` and `trace`, and change with `set`. */
 const app = {
   views: VIEWS,
   model: null, // GET /api/model
-  trace: null, // the answer of POST /api/trace for the state shown
+  trace: null, // the answer of POST /api/trace for the present state
   alerts,
   get state() { return store.state; },
   set: (patch, options) => store.set(patch, options),
   api: makeApi(() => app.t("serverGone")),
   t: translator(languageOf(store.state.lang)),
   get lang() { return languageOf(store.state.lang); },
-  /** The state's choices, held inside what this model and this text have. */
+  /** The choices in the state, limited to what this model and this text have. */
   get layer() { return within(app.state.layer, app.model.config.n_layer); },
   get head() { return within(app.state.head, app.model.config.n_head); },
   get position() {
     const T = app.trace?.tokens.length ?? 1;
     return within(app.state.position ?? T - 1, T);
   },
-  /** For those who listen instead of looking. */
+  /** Tells people who use a screen reader. */
   announce: (text) => { document.getElementById("spoken").textContent = text; },
-  /** Computes and shows again (after the server came back, say). */
+  /** Computes and shows everything again, for example after the server came back. */
   again: () => compute(),
 };
 
@@ -104,7 +104,7 @@ function report(error, cause) {
   alerts.say(error.message, error.status === 0 ? "server" : cause);
 }
 
-/** What a URL may ask for in vain: said once, and the nearest thing is shown instead. */
+/** A URL may ask for what does not exist: this is said once, and the nearest thing is shown. */
 function checkState() {
   const { state, model, t } = app;
   const wrong = (name, n, size) => {
@@ -145,7 +145,7 @@ async function compute() {
 // -- changes -------------------------------------------------------------------------------------
 
 async function changed(state, names) {
-  if (!app.model) return; // still starting
+  if (!app.model) return; // the page is still starting
   if (names.includes("theme")) setTheme();
   if (names.includes("lang")) speak();
   if (names.includes("view") || names.includes("lang")) mount();
@@ -180,7 +180,7 @@ async function start() {
     alerts.say(error.message, "server");
     return;
   }
-  const short = fields.text.slice(0, app.model.context_length); // a tiny model's first text
+  const short = fields.text.slice(0, app.model.context_length); // fits a tiny model
   if (app.state.text === fields.text) store.state.text = short;
   fields.text = short;
   speak();

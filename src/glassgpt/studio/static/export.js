@@ -1,11 +1,11 @@
-/* The view shown, as one file that needs nothing else: HTML or PNG.
+/* Saves the present view as one file that needs nothing else: HTML or PNG.
 
    await exportHtml(app). Canvases become pictures in the file; where tables are shown instead of
    them, these come along with every exact number. Scripts stay behind. */
 
 import { css } from "./parts/dom.js";
 
-/** The view's elements as they look now, without controls that would do nothing in a file. */
+/** The elements of the view as they look now, without controls, which do nothing in a file. */
 function frozen() {
   const live = document.getElementById("view");
   const copy = live.cloneNode(true);
@@ -63,7 +63,7 @@ ${frozen().outerHTML}
   save(new Blob([page], { type: "text/html" }), `${name(app)}.html`);
 }
 
-// Characters that a token may have and XML may not, not even as &#1;
+// Characters that a token may contain but XML must not, not even as &#1;
 const NOT_XML = /[\u0000-\u0008\u000b\u000c\u000e-\u001f\ufffe\uffff]/g;
 
 /** Draws the frozen view through an SVG picture onto a canvas. */

@@ -9,7 +9,7 @@ import zh from "./words/zh.js";
 export const LANGUAGES = { en: "English", zh: "中文" };
 const SHARED = { en, zh };
 
-/** "" is what the browser prefers. */
+/** "" stands for the language that the browser prefers. */
 export function languageOf(wanted) {
   if (Object.hasOwn(LANGUAGES, wanted)) return wanted;
   return navigator.languages.some((tag) => tag.toLowerCase().startsWith("zh")) &&

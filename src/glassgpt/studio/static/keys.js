@@ -1,8 +1,8 @@
-/* The page by keyboard, and the sheet that says how ("?"). Single letters rest while one types. */
+/* The page by keyboard, and the list of keys ("?"). Single letters do nothing while people type. */
 
 import { el } from "./parts/dom.js";
 
-/** key -> what it does; texts are `key.NAME` in words/. */
+/** key -> what it does; its text is `key.NAME` in words/. */
 const KEYS = [
   ["/", "text", (app, event) => {
     event.preventDefault();
@@ -32,7 +32,7 @@ function turn(app, by) {
   app.set({ view: keys[step(keys.indexOf(app.state.view), by, keys.length)] });
 }
 
-let asleep = false; // a choice of the sheet: letters then do nothing
+let asleep = false; // people can switch off single letters in the list of keys
 
 export function watchKeys(app) {
   addEventListener("keydown", (event) => {
@@ -43,7 +43,7 @@ export function watchKeys(app) {
   });
 }
 
-/** A dialog with every key; what belongs to canvases stands below. */
+/** A dialog with every key; those for pictures come last. */
 export function openHelp(app) {
   const { t } = app;
   const row = (keys, text) => el("tr", null, el("th", { scope: "row" },

@@ -1,4 +1,4 @@
-/* What stands around every view: brand, languages, theme, the list of views, the prompt.
+/* What is around every view: brand, languages, theme, the list of views, the prompt.
 
    const shell = makeShell(app); shell.update(); shell.heading(view)
    Built anew when the language changes. */
@@ -35,7 +35,7 @@ export function makeShell(app) {
   };
 }
 
-/** The present hash with another view in it. */
+/** The present hash of the URL, with another view. */
 function hashFor(app, key) {
   const words = new URLSearchParams(location.hash.replace(/^#/, ""));
   words.set("view", key);
@@ -94,7 +94,7 @@ function navigation(app) {
   nav.setAttribute("aria-label", app.t("views"));
   const links = new Map(app.views.map((view) => [view.key, el("a", { href: "#",
     onclick: (event) => {
-      if (event.metaKey || event.ctrlKey || event.shiftKey) return; // a new tab
+      if (event.metaKey || event.ctrlKey || event.shiftKey) return; // opens a new tab
       event.preventDefault();
       app.set({ view: view.key });
     } }, view.title[app.lang])]));
@@ -137,7 +137,7 @@ function promptBox(app) {
   };
 }
 
-/** Which model, and which moment of its training, where there is a choice. */
+/** Lets people choose a model and a moment of its training, if there is more than one. */
 function choices(app) {
   const { t, model, state } = app;
   const boxes = [];
@@ -153,7 +153,7 @@ function choices(app) {
   return boxes;
 }
 
-/** What is not as trained: parts off, activations patched. One button makes it whole. */
+/** What is changed: parts that are off, activations that are patched. One button undoes it all. */
 function showChanges(app, root) {
   const { state, t } = app;
   const said = [

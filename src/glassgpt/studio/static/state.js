@@ -11,11 +11,11 @@ export const FIELDS = {
   model: "a",
   snapshot: null, // step of a training run
   off: [], // parts switched off: "3", "3.attn", "3.mlp", "3.h2"
-  fill: "zero", // or "mean": what takes their place
+  fill: "zero", // what takes the place of parts that are off: "zero" or "mean"
   patch: null, // {text | tokens, parts}: activations of a second prompt
   layer: 0,
   head: 0,
-  position: null, // of the token looked at; null is the last one
+  position: null, // of the chosen token; null is the last one
   tensor: "", // name of an activation
   cell: null, // index into it
   sampling: {}, // temperature, top_k, top_p, min_p, repetition_penalty
@@ -25,7 +25,7 @@ export const FIELDS = {
   theme: "", // "" follows the system
 };
 
-// The server has to compute anew when one of these changes.
+// The server computes a new trace when one of these changes.
 const COMPUTED = ["text", "tokens", "model", "snapshot", "off", "fill", "patch"];
 
 /** The part of the state that decides what the model computes, as the server wants it. */
@@ -39,7 +39,7 @@ export function changesTrace(changed) {
   return changed.some((field) => COMPUTED.includes(field));
 }
 
-/** "#view=attention&layer=3" -> {view: "attention", layer: 3}; what can't be read is left out. */
+/** "#view=attention&layer=3" -> {view: "attention", layer: 3}, without what can't be read. */
 export function readHash(hash, fields) {
   const found = {};
   for (const [name, written] of new URLSearchParams(hash.replace(/^#/, ""))) {
@@ -50,7 +50,7 @@ export function readHash(hash, fields) {
   return found;
 }
 
-/** The other way round. */
+/** {view: "attention", layer: 3} -> "#view=attention&layer=3". */
 export function writeHash(state, fields) {
   const words = new URLSearchParams();
   for (const [name, standard] of Object.entries(fields)) {
@@ -79,7 +79,7 @@ export function same(a, b) {
   return a === b || JSON.stringify(a) === JSON.stringify(b);
 }
 
-/** `listener(state, changed)` hears of every change with the names of the fields. */
+/** `listener(state, changed)` is called after every change with the names of the fields. */
 export function makeStore(fields, listener) {
   const store = { fields, state: { ...fields, ...readHash(location.hash, fields) } };
   const take = (next) => {
@@ -87,7 +87,7 @@ export function makeStore(fields, listener) {
     store.state = next;
     if (changed.length) listener(next, changed);
   };
-  /** Changes fields; `replace` leaves no entry in the history (typing, sliding). */
+  /** Changes fields. With `replace`, the history gets no new entry, as when typing or sliding. */
   store.set = (patch, { replace = false } = {}) => {
     const next = { ...store.state, ...patch };
     const hash = writeHash(next, fields);

@@ -1,4 +1,4 @@
-/* Picture or table? Two buttons beside every picture; what is chosen holds for all of them.
+/* Picture or table? Two buttons beside every picture; the choice holds for all pictures.
 
    const choice = asTable(app, label); above.append(choice.root); choice.update() */
 

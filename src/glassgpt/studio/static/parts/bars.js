@@ -1,4 +1,4 @@
-/* A list of things with a bar each: next tokens, parts of a logit, shares of a sum.
+/* A list with a bar for each entry: next tokens, parts of a logit, shares of a sum.
 
    const list = bars(app, {label, heading}); list.show([{label, value, text, tone, data}])
    It is a table; every row carries its exact number as data-value. */

@@ -1,8 +1,8 @@
-/* Lines of Python, as they stand in model.py, some of them lit. Colours for comments and words. */
+/* Lines of model.py, some of them highlighted. Comments and keywords have colours. */
 
 import { el } from "./dom.js";
 
-const AROUND = 3; // lines before and after
+const AROUND = 3; // lines shown before and after the highlighted ones
 const WORDS = new RegExp(String.raw`(#.*$)|("""|"[^"]*")|\b(def|class|return|if|else|elif|for|in|is`
   + String.raw`|not|None|True|False|and|or|self|lambda|with|import|from)\b`, "g");
 

@@ -1,4 +1,4 @@
-/* Colours of numbers. Two scales, both told apart without seeing red or green:
+/* Colours of numbers. Two scales, which people who do not see red or green can tell apart:
    "share" (0 to 1) from paper to deep teal; "diverging" blue, paper, orange around zero. */
 
 import { css } from "./dom.js";
@@ -15,7 +15,7 @@ export function scaleOf(kind, most) {
   const [zero, more, less, full] = ["--zero", "--more", "--less", "--full"].map((name) =>
     rgb(css(name)));
   const end = most || 1;
-  // The root lets small shares be seen beside a large one.
+  // The square root makes small shares visible beside a large one.
   if (kind === "share") return (value) => mix(zero, full, Math.sqrt(Math.min(1, value / end)));
   return (value) => {
     const x = Math.max(-1, Math.min(1, value / end));
@@ -25,10 +25,10 @@ export function scaleOf(kind, most) {
 
 export const voidColour = () => rgb(css("--void"));
 
-/** The same as a CSS colour. */
+/** colour(value) as a CSS colour. */
 export const cssColour = (triple) => `rgb(${triple.map(Math.round).join(" ")})`;
 
-/** A strip of the scale with its ends, as CSS gradient. */
+/** The scale from end to end, as a CSS gradient. */
 export function gradient(kind, most) {
   const colour = scaleOf(kind, most);
   const stops = [0, 0.25, 0.5, 0.75, 1].map((x) =>

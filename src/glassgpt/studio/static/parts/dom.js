@@ -34,7 +34,7 @@ export function field(text, control, attributes) {
     control);
 }
 
-/** A <select> of [value, text] pairs. */
+/** A <select> from [value, text] pairs. */
 export function choice(pairs, value, onpick) {
   const select = el("select", { onchange: () => onpick(select.value) },
     pairs.map(([key, text]) => el("option", { value: key }, text)));
@@ -42,7 +42,7 @@ export function choice(pairs, value, onpick) {
   return select;
 }
 
-/** A group of buttons of which one is pressed: [value, text] pairs. */
+/** A group of buttons from [value, text] pairs, of which one is pressed. */
 export function segments(label, pairs, value, onpick) {
   return el("div", { class: "segments", role: "group", "aria-label": label },
     pairs.map(([key, text]) => toggle(text, key === value, () => onpick(key))));

@@ -1,4 +1,4 @@
-/* All heads at a glance: layers down, heads across, each a small map of who looks at whom.
+/* All heads: rows are layers, columns are heads, each a small map of which token attends to which.
 
    const grid = headGrid(app, {onpick}); root.append(grid.root); grid.show(maps, layer, head)
    One canvas; its table says of every head in words what it mostly looks at. Knows no server. */
@@ -84,7 +84,7 @@ export function headGrid(app, { onpick }) {
           onclick: () => onpick(l, h) }, habit(l, h)))))))));
   }
 
-  /** In a word, what the head mostly looks at. Exact for texts that fit the map. */
+  /** What the head mostly looks at, in a word. It is exact for texts that fit the map. */
   function habit(l, h) {
     const side = maps.shape[2];
     const from = (l * maps.shape[1] + h) * side * side;

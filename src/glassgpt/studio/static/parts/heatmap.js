@@ -14,9 +14,9 @@ import { css, el } from "./dom.js";
 import { tableOf } from "./matrix_table.js";
 import { brief } from "./numbers.js";
 
-const TALLEST = 560; // pixels of a whole picture
+const TALLEST = 560; // pixels: largest height of a whole picture
 const LARGEST_CELL = 30;
-const SMALLEST_LABELLED = 12; // pixels of a cell that still has a label
+const SMALLEST_LABELLED = 12; // pixels: smaller cells get no label
 
 export function heatmap(app, { label, onpick }) {
   const { t } = app;
@@ -28,7 +28,7 @@ export function heatmap(app, { label, onpick }) {
   const scaleBar = el("span", { class: "legend", "aria-hidden": "true" });
   const above = el("div", { class: "bar-above" });
   const root = el("div", { class: "picture" }, above, canvas, table, readout);
-  let shown = null; // what show() was given
+  let shown = null; // the argument of show()
   let cursor = [0, 0];
   let view = null; // {r, c, rows, columns}: the part that is drawn
   let layout = null; // where the cells lie on the canvas
@@ -197,7 +197,7 @@ export function heatmap(app, { label, onpick }) {
   };
 }
 
-/** Of the finite numbers, the one furthest from zero. */
+/** The largest absolute value of the finite numbers. */
 export function largest(data) {
   let most = 0;
   for (const value of data) {
@@ -207,7 +207,7 @@ export function largest(data) {
   return most || 1;
 }
 
-/** One pixel a cell; the browser enlarges it. */
+/** One pixel per cell, which the browser enlarges. */
 function pixels(shown, view, isMasked) {
   const image = new ImageData(view.columns, view.rows);
   const colour = scaleOf(shown.scale, shown.most);

@@ -1,4 +1,4 @@
-/* Lines from one token to those it attends to: the thicker, the larger the share.
+/* Lines from one token to those it attends to: a thicker line is a larger share.
 
    root.append(attentionLines(app, {tokens, position, shares})). SVG; the list is text. */
 

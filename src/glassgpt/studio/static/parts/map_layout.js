@@ -1,4 +1,4 @@
-/* Where the operations of a model stand on the map. Numbers only; views/map.js draws them.
+/* Where the operations of a model are on the map. Only numbers; views/map.js draws them.
 
    layOut(model, openLayer, width) -> [{key, operation, lane, left, width, y, height, ...}]
    Lane 0 is the residual stream, lane 1 what a block computes beside it. */
@@ -65,7 +65,7 @@ function partOf(operation) {
   return "attn";
 }
 
-/** "linear attn.qkv" -> "linear attn.qkv", with a sign where there is one. */
+/** The label of an operation: its name, with a mathematical sign if it has one. */
 function textOf(operation, narrow) {
   const [name, weights] = operation.name.split(" ");
   const plain = PLAIN[name] ?? name;

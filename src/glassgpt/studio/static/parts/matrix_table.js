@@ -3,9 +3,9 @@
 import { el } from "./dom.js";
 import { brief } from "./numbers.js";
 
-const MOST = 64; // rows, columns
+const MOST = 64; // rows and columns of a table
 
-/** Nodes: a note if not all is shown, and the table. `pick(r, c)` hears of clicks. */
+/** Nodes: a note if only a part is shown, and the table. Clicks call `pick(r, c)`. */
 export function tableOf(app, shown, view, cursor, isMasked, pick) {
   const { t } = app;
   const [from, rows] = around(cursor[0], view.r, view.rows);
@@ -33,7 +33,7 @@ export function tableOf(app, shown, view, cursor, isMasked, pick) {
   return all ? [table] : [el("p", { class: "quiet" }, t("windowNote", { rows, columns })), table];
 }
 
-/** The window [from, size] of at most MOST around `at`, inside the part that is in view. */
+/** The window [from, size] of at most MOST cells around `at`, inside the part in view. */
 function around(at, from, size) {
   const n = Math.min(MOST, size);
   const start = Math.max(from, Math.min(from + size - n, at - (n >> 1)));

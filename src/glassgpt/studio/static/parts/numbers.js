@@ -1,6 +1,6 @@
-/* Numbers for people: short to read; the exact ones stand in the data attributes of tables. */
+/* Numbers as people read them, rounded; the exact ones are in the data attributes of tables. */
 
-/** Four figures: 0.01234, -1.203, 12,345. Masked scores are -inf. */
+/** Four digits: 0.01234, -1.203, 12,345. Masked scores are -inf. */
 export function brief(value, figures = 4) {
   if (value === null || value === undefined || Number.isNaN(value)) return "–";
   if (!Number.isFinite(value)) return value < 0 ? "−∞" : "∞";

@@ -39,7 +39,7 @@ export function roam(root, lines = "tr") {
   });
 
   return {
-    /** Draws anew; the focus stays where it was, and Tab comes to `chosen()` or the first one. */
+    /** Draws again. The focus stays where it was, and Tab leads to `chosen()` or the first one. */
     redraw(draw, chosen) {
       const focused = root.contains(document.activeElement) ? place(document.activeElement) : null;
       draw();

@@ -1,4 +1,4 @@
-/* A trace beside the one shown: another prompt, another model, the text as it grows.
+/* A second trace beside the present one: another prompt, another model, the text as it grows.
 
    const other = await second(app, {tokens}, signal); await other.get("loss")
    Fields that are not given are those of the state. The server gives the same id for the same
@@ -31,14 +31,14 @@ export async function second(app, changes, signal) {
   };
 }
 
-/** Two traces against each other; both are asked for anew if one is gone. */
+/** Compares two traces; both are requested again if the server no longer holds one of them. */
 export async function compared(app, a, b, signal) {
   const question = () => app.api.get(`compare?a=${a.id}&b=${b.id}`, signal);
   try {
     return await question();
   } catch (error) {
     if (error.status !== 410) throw error;
-    await Promise.all([a.get("loss"), b.get("loss")]); // each asks for its trace again
+    await Promise.all([a.get("loss"), b.get("loss")]); // each requests its trace again
     return question();
   }
 }

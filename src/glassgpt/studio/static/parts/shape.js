@@ -1,4 +1,4 @@
-/* A tensor's shape, each letter explained: (T, C) = 7, 64. Hover or focus a letter to read it. */
+/* A tensor's shape: (T, C) = 7, 64. Point at a letter, or focus it, to read its meaning. */
 
 import { el } from "./dom.js";
 import { explain } from "./tip.js";
@@ -6,7 +6,7 @@ import { explain } from "./tip.js";
 const SIZES = { C: "n_embd", H: "n_head", K: "n_kv_head", D: "head_dim", F: "n_hidden",
   V: "vocab_size", L: "n_layer" };
 
-/** Numbers for the letters, for this model and `T` tokens. Null for what isn't one letter. */
+/** The number of a letter, for this model and `T` tokens; null if it is not one letter. */
 export function sizeOf(symbol, config, T) {
   if (symbol === "T" || symbol === "S") return T;
   if (symbol === "T-1") return Math.max(0, T - 1);
@@ -22,7 +22,7 @@ export function sizeOf(symbol, config, T) {
   return config[SIZES[symbol]] ?? null;
 }
 
-/** What the letters of a symbol mean: "H+2K" names H and K. */
+/** What the letters of a symbol mean: those of "H+2K" are H and K. */
 export function meaning(app, symbol) {
   const letters = symbol === "context" ? [] : symbol.match(/[A-Z]/g) ?? [];
   const T = app.trace?.tokens.length ?? app.model.context_length;
@@ -31,7 +31,7 @@ export function meaning(app, symbol) {
   return words.join("\n") || app.t("legend.other", { symbol });
 }
 
-/** `symbols` with their meaning on demand, then the numbers. */
+/** `symbols`, each with a tooltip, then the numbers. */
 export function shape(app, symbols, numbers) {
   const letters = symbols.map((symbol) => explain(
     el("button", { type: "button", class: "symbol" }, symbol), () => meaning(app, symbol)));

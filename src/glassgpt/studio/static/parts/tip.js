@@ -7,7 +7,7 @@ const HIDE_AFTER = 120; // ms: time to move the pointer into the tooltip
 let owner = null;
 let hiding = 0;
 
-/** Shows `say()` while `element` is hovered or has the focus. */
+/** Shows what `say()` returns while the pointer is on `element` or it has the focus. */
 export function explain(element, say) {
   const show = () => open(element, say());
   element.addEventListener("pointerenter", show);

@@ -20,7 +20,7 @@ export function visible(token) {
     ? el("span", { class: "white" }, MARKS[letter]) : letter));
 }
 
-/** The same as plain text, for labels, canvases and options. */
+/** The text of a token as a plain string, for labels, canvases and options. */
 export function plain(token) {
   return visible(token).map((node) => node.textContent ?? node).join("");
 }
@@ -61,7 +61,7 @@ export function tokenStrip(app, { label, onpick }) {
 
   return {
     root,
-    /** `shade`: for each token a CSS colour behind it, or null. `notes`: a line under each. */
+    /** `shade`: the CSS colour behind each token, or null. `notes`: a line under each. */
     show(now, at, { shade, notes } = {}) {
       tokens = now;
       root.replaceChildren(...now.map((token, i) => el("span", {

@@ -1,4 +1,4 @@
-/* View 4: who looks at whom. All heads small, one large and step by step, as it is computed. */
+/* The attention view: which token attends to which. All heads small, one large and step by step. */
 
 import { el, segments } from "../parts/dom.js";
 import { headGrid } from "../parts/grid.js";
@@ -9,7 +9,7 @@ import { terms } from "../parts/terms.js";
 import { plain } from "../parts/tokens.js";
 import words from "./attention_words.js";
 
-const LONG = 512; // tokens from which a head is sent only when somebody opens it
+const LONG = 512; // tokens: in longer texts, a head is fetched only when somebody opens it
 
 const STAGES = ["raw_scores", "scores", "masked_scores", "pattern", "weighted"];
 
@@ -17,9 +17,9 @@ export default {
   key: "attention",
   title: { en: "Attention", zh: "注意力" },
   intro: {
-    en: "Every head lets each token look back and gather what it needs. Rows ask, columns "
-      + "answer; the darker a cell, the more the row’s token takes from the column’s. Nothing "
-      + "right of the diagonal: no token sees the future.",
+    en: "Every head lets each token look back and gather what it needs. Rows are the tokens that "
+      + "look, columns those they look at; the darker a cell, the larger the share. Cells right of "
+      + "the diagonal are empty: no token sees the future.",
     zh: "每个头让每个词元回头看，取它所需。行在提问，列在回答；格子越深，该行词元从该列取得越多。"
       + "对角线右侧为空：没有词元能看到未来。",
   },
@@ -130,7 +130,7 @@ async function showStage(app, stage, pattern, picture, signal) {
   app.announce(t("noMaskYet"));
 }
 
-/** What position `position` gathers: of every token its value vector times its share.  (S, D) */
+/** What `position` gathers: the value vector of every token times its share. (S, D) */
 async function weighted(app, pattern, signal) {
   const { n_head: H, n_kv_head: K } = app.model.config;
   const v = await app.api.tensor(nameOf(app, "v"), { head: Math.floor(app.head / (H / K)) }, signal);
@@ -143,7 +143,7 @@ async function weighted(app, pattern, signal) {
   return { data, shape: [S, D] };
 }
 
-/** What the rows add up to: the proof that the steps belong together. */
+/** What the rows add up to, as a check of all steps. */
 async function showSums(app, stage, pattern, root, signal) {
   const { t, position, head } = app;
   if (stage === "pattern") {

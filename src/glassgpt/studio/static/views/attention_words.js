@@ -1,27 +1,28 @@
-/* Words of view 4. */
+/* Words of the attention view. */
 
 export default {
   en: {
     looks: "What the chosen token looks at",
     opened: "Layer {layer}, head {head}, step by step",
-    picture: "Attention of the opened head, rows ask, columns answer",
+    picture: "Attention of the opened head: rows are queries, columns are keys",
     open: "Open this head ({size})",
     stages: "Steps of attention",
     "stage.raw_scores": "q · k", "stage.scores": "÷ √D", "stage.masked_scores": "mask",
     "stage.pattern": "softmax", "stage.weighted": "× v",
-    "say.raw_scores": "Every query meets every key: the dot product of {D} numbers each says how "
-      + "well what the row asks for fits what the column offers.",
-    "say.scores": "The same divided by √{D} = {root}. Without it, scores grow with the width of a "
-      + "head and softmax would choose a single winner.",
-    "say.masked_scores": "What lies in a token’s future is set to −∞: it may not be looked at, or "
-      + "predicting the next token would be reading it.",
-    "say.pattern": "Each row becomes shares that sum to 1: exponentiate, divide by the sum. "
-      + "−∞ becomes exactly 0.",
+    "say.raw_scores": "Every cell is the dot product of a query and a key, {D} numbers each. It "
+      + "says how well what the row asks for matches what the column offers.",
+    "say.scores": "The scores are divided by √{D} = {root}. Otherwise they would grow with the "
+      + "width of a head, and softmax would choose a single winner.",
+    "say.masked_scores": "The scores of later tokens are set to −∞. If a token could look at "
+      + "them, it would read the next token instead of predicting it.",
+    "say.pattern": "Each row becomes shares that sum to 1: every score is exponentiated, then "
+      + "divided by the sum of the row. −∞ becomes exactly 0.",
     "say.weighted": "What position {position} gathers: the value vector of every token (a row, {D} "
-      + "numbers) times its share. The rows added up are the head’s output.",
+      + "numbers) times its share. The sum of the rows is the head’s output.",
     hideFirst: "hide the first token and renormalise",
     rowSum: "The shares of position {position} sum to {sum}.",
-    sums: "The rows add up to the head’s output at position {position}, but for {off} of rounding.",
+    sums: "The rows add up to the head’s output at position {position}, with a rounding error of "
+      + "{off}.",
     sumsHidden: "Without the first token the sum differs from the head’s real output by up to {off}.",
     noMaskYet: "Not masked yet.",
   },

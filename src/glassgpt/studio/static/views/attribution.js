@@ -1,4 +1,4 @@
-/* Part of view 5: the parts of the model whose sum is a logit, the largest as bars, all as a map.
+/* Part of the lens view: the parts of the model whose sum is a logit, as bars and as a map.
 
    const panel = attributionPanel(app); await panel.update(candidates, signal) */
 
@@ -23,7 +23,7 @@ export function attributionPanel(app) {
 
   return {
     root,
-    /** `candidates`: the likeliest tokens here, best first; the first is asked about. */
+    /** `candidates`: the likeliest tokens here, best first; the first one is shown at the start. */
     async update(candidates, signal) {
       const { lensToken, lensAgainst } = app.state;
       const known = candidates.some((token) => token.id === lensToken);

@@ -1,4 +1,4 @@
-/* View 9: what the key/value cache saves, step by step, and what it costs in bytes.
+/* The cache view: what the key/value cache saves, step by step, and what it costs in bytes.
 
    Every step asks the server's sampler for one token; it says how many positions it had to compute,
    how many it reused, and how large its cache is now. */
@@ -26,7 +26,7 @@ export default {
   mount(root, app) {
     const { t } = app;
     let steps = []; // answers of the sampler, in order
-    let key = null; // of what they belong to
+    let key = null; // the request to which they belong
     let busy = false;
     const buttons = el("div", { class: "controls" });
     const facts = el("p", { class: "facts big" });
@@ -135,7 +135,7 @@ function showSteps(app, table, steps) {
     el("tbody", null, steps.map(row)));
 }
 
-/** Where the bytes come from, factor by factor; and what a full context takes. */
+/** How the bytes per token are computed, factor by factor, and what a full context takes. */
 function showBytes(app, root, steps) {
   const { t, model } = app;
   const { n_layer: L, n_kv_head: K, n_head: H, head_dim: D } = model.config;

@@ -1,24 +1,24 @@
-/* The words of view 9. */
+/* Words of the cache view. */
 
 export default {
   en: {
     steps: "Step by step",
     step1: "Next token", stepMany: "{n} more", again: "Start over",
-    begin: "The first step reads the prompt, {n} tokens; what the server has read before in this "
-      + "model, from its first token on, it reuses.",
+    begin: "The first step reads the prompt of {n} tokens. If the server has already read the "
+      + "beginning of it with this model, that part is reused.",
     reused: "reused from the cache", computed: "computed",
     with: "{n} positions computed", without: "{n} without a cache", saved: "{n} times less work",
     "head.number": "Step", "head.positions": "Positions the model looks at",
     "head.reused": "Reused", "head.computed": "Computed", "head.bytes": "Cache",
-    "head.token": "Drew",
+    "head.token": "Drawn",
     bytes: "What it costs",
     "factor.two": "keys and values", "factor.L": "layers (L)", "factor.K": "key/value heads (K)",
-    "factor.D": "width of a head (D)", "factor.size": "bytes a number",
-    perToken: "bytes a token",
+    "factor.D": "width of a head (D)", "factor.size": "bytes per number",
+    perToken: "bytes per token",
     now: "In the cache now: {n} tokens", full: "A full context: {n} tokens",
     weights: "For comparison: all weights",
     grouped: "{H} query heads share {K} key/value heads: the cache is {times} times smaller than "
-      + "with one for each (grouped-query attention).",
+      + "with one for each query head (grouped-query attention).",
   },
   zh: {
     steps: "逐步",

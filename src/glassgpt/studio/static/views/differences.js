@@ -1,4 +1,4 @@
-/* Part of view 7: two passes against each other: what is next, and every token's loss.
+/* Part of the experiments view: two passes compared: the next token, and the loss of every token.
 
    const panel = differences(app); panel.update({a, b, names, answer})   answer: GET /api/compare */
 
@@ -64,7 +64,7 @@ function nextRows(app, tokens, names) {
   ];
 }
 
-/** Every token with how much its loss moved: worse is warm, better is cool. */
+/** Every token, coloured by how its loss changed: warm is worse, cool is better. */
 function lossRows(app, tokens, { a, b }) {
   const { t } = app;
   const moved = b.map((loss, i) => (loss === null || a[i] === null ? null : loss - a[i]));

@@ -1,4 +1,4 @@
-/* Part of view 6: what each filter leaves of the vocabulary; the likeliest tokens, with the cuts.
+/* Part of the next-token view: what each filter leaves; the likeliest tokens, with the cuts.
 
    const panel = distributionPanel(app, onforce); panel.show(answer)
    `answer` is that of POST /api/trace/ID/distribution: every number here is one of it. */

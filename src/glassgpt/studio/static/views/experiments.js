@@ -1,7 +1,8 @@
-/* View 7: the model without a part, with another text's part, or beside another model.
+/* The experiments view: the model without a part, with a part from another text, or beside another
+   model.
 
-   What is changed stands in the state (off, fill, patch), so all other views show the changed model
-   too; here it is held against the whole one. Reset makes everything as it was. */
+   Changes are in the state (off, fill, patch), so all other views show the changed model too; here
+   it is compared with the unchanged one. Reset undoes all changes. */
 
 import { choice, el, field, segments } from "../parts/dom.js";
 import { compared, second } from "../parts/second.js";
@@ -16,9 +17,9 @@ export default {
   key: "experiments",
   title: { en: "Experiments", zh: "实验" },
   intro: {
-    en: "A claim about what a part does is worth little until the part is taken away. Switch "
-      + "heads, MLPs and whole blocks off, or give them what they computed for another text, and see "
-      + "what becomes of the prediction.",
+    en: "A claim about what a part does can only be tested by taking the part away. Switch off "
+      + "heads, MLPs and whole blocks, or give them what they computed for another text, and see "
+      + "how the prediction changes.",
     zh: "关于某个部件作用的说法，只有把它拿掉才能检验。关闭注意力头、MLP 或整个块，"
       + "或者换成它们在另一段文本上的结果，看预测会变成什么样。",
   },

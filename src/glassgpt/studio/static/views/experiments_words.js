@@ -1,4 +1,4 @@
-/* The words of view 7. */
+/* Words of the experiments view. */
 
 export default {
   en: {
@@ -7,28 +7,31 @@ export default {
     fill: "In its place", "fill.zero": "zero", "fill.mean": "the mean over positions",
     reset: "Reset",
     other: "Second text (Enter takes it)",
-    otherEmpty: "Write a second text: compare what the model expects after each, and patch parts "
-      + "of one into the other.",
-    lengths: "The texts have {a} and {b} tokens. They are compared; patching needs as many.",
+    otherEmpty: "Write a second text to compare what the model expects after each of them, and to "
+      + "patch parts of one into the other.",
+    lengths: "The texts have {a} and {b} tokens. They can be compared, but patching needs texts "
+      + "with the same number of tokens.",
     offNone: "Nothing is switched off. Choose parts in the grid.",
     offNow: "Off: {parts}. Every view shows the model without them until you reset.",
-    patchNone: "Both texts have as many tokens: choose parts that the first one takes from the "
-      + "second.",
+    patchNone: "Both texts have the same number of tokens: choose parts that the first one takes "
+      + "from the second.",
     patchNow: "Taken from the second text: {parts}.",
-    modelsNote: "{a} and {b} read the same text, both whole.",
+    modelsNote: "{a} and {b} read the same text, both without any change.",
     "grid.off": "What is switched off", "grid.patch": "What comes from the second text",
     "column.block": "Block", "column.attn": "Attn", "column.mlp": "MLP", "column.head": "h{h}",
     "part.block": "block {n}", "part.attn": "block {n}, attention", "part.mlp": "block {n}, MLP",
     "part.head": "block {n}, head {h}",
-    wholeModel: "whole", changedModel: "changed", firstText: "first text", otherText: "second text",
+    wholeModel: "unchanged", changedModel: "changed", firstText: "first text",
+    otherText: "second text",
     patchedText: "patched",
     result: "What it changes",
     kl: "KL divergence {n} nats", lossFrom: "loss {n}", lossTo: "→ {n}", lossBy: "({n})",
     next: "Next token", token: "Token",
     lossMoved: "Loss of each token", worse: "more surprised", better: "less surprised",
     map: "Where does it matter? The patch map",
-    mapNote: "At every block and position the stream of the second text takes the place of the "
-      + "first’s, one cell at a time: how much does that move the logit of the chosen token?",
+    mapNote: "Every cell stands for a block and a position. There, the activation of the first "
+      + "text is replaced by that of the second: how much does this move the logit of the chosen "
+      + "token?",
     mapToken: "Logit of", mapRow: "block {n}", mapName: "Patch", mapCompute: "Compute",
     "mapName.resid_post": "the stream after the block", "mapName.attn_out": "attention’s output",
     "mapName.mlp_out": "the MLP’s output",

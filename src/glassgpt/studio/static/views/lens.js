@@ -1,6 +1,7 @@
-/* View 5: what the head would say if it read the stream after each layer, and who wrote a logit.
+/* The logit lens: what the head would say if it read the residual stream after each layer, and
+   which parts wrote a logit.
 
-   The last row is the model's output. Cells are buttons; the exact numbers stand in their data. */
+   The last row is the model's output. Cells are buttons; data attributes hold the exact numbers. */
 
 import { bars } from "../parts/bars.js";
 import { choice, el, field, toggle } from "../parts/dom.js";
@@ -17,8 +18,8 @@ export default {
   title: { en: "Logit lens", zh: "逐层透视" },
   intro: {
     en: "Stop the model early. After every layer, the final norm and the head can already read the "
-      + "residual stream: this is what each layer would answer if it were the last. Watch a guess "
-      + "become the answer. The bottom row is the model’s real output.",
+      + "residual stream: this is what the model would answer if that layer were the last. Watch "
+      + "how a guess becomes the answer. The bottom row is the model’s real output.",
     zh: "让模型提前停下。每一层之后，最终归一化和输出头都可以直接读取残差流："
       + "这就是“如果到此为止”模型会给出的回答。看一个猜测如何变成答案。最下面一行是模型真正的输出。",
   },
@@ -29,7 +30,7 @@ export default {
       shade: "Colour shows",
       "shade.p": "how sure it is",
       "shade.final": "probability of the final answer",
-      "shade.entropy": "how undecided (entropy)",
+      "shade.entropy": "how undecided it is (entropy)",
       start: "embedding", after: "after block {n}", output: "output",
       stream: "Stream", reads: "reads",
       settles: "settled",
@@ -44,9 +45,9 @@ export default {
       token: "Token", p: "Probability",
       same: "A framed cell already gives the final answer.",
       attribution: "Who wrote this logit?",
-      attributionNote: "The logit of a token is a plain sum: everything that was ever added to the "
-        + "residual stream, read by the head (direct logit attribution; the final norm is held "
-        + "fixed).",
+      attributionNote: "The logit of a token is a sum over everything that was added to the "
+      + "residual stream, as the head reads it (direct logit attribution; the final norm is held "
+      + "fixed).",
       of: "Logit of", against: "compared with", nobody: "nothing",
       part: "Part", value: "Adds", rest: "{n} smaller parts", total: "Sum = logit",
       totalAgainst: "Sum = difference of the logits",
@@ -54,8 +55,8 @@ export default {
       "part.final_norm bias": "bias of the final norm",
       "part.attn bias": "block {n}: attention bias",
       "part.head": "block {n}: head {h}", "part.mlp": "block {n}: MLP",
-      "part.edited": "block {n}: what was put in place",
-      allParts: "Every part at its place", block: "Block",
+      "part.edited": "block {n}: what was put in its place",
+      allParts: "All parts by block", block: "Block",
       up: "pushes the token up", down: "pushes it down",
     },
     zh: {
@@ -129,7 +130,7 @@ const chosenRow = (state, lens) => {
   return Math.min(Math.max(0, row), last);
 };
 
-/** What a row of the lens is called. */
+/** The name of a row of the lens. */
 function rowName(app, i, rows) {
   if (i === 0) return app.t("start");
   const after = app.t("after", { n: i - 1 });
@@ -192,7 +193,7 @@ function cellButton(app, lens, { position, line, r, at, final, chosen, share }) 
   return button;
 }
 
-/** The first block from which on every row has the final answer; the embedding counts as "–". */
+/** The first block after which every row has the final answer; "–" stands for the embedding. */
 function settledAt(lens, i) {
   const differs = lens.rows.map((line) => line.positions[i].top[0].id !== lens.final[i]);
   const since = differs.lastIndexOf(true) + 1;

@@ -1,4 +1,4 @@
-/* View 8: how surprised the model was by every token of the text, and what it had expected. */
+/* The loss view: how much every token of the text surprised the model, and what it had expected. */
 
 import { bars } from "../parts/bars.js";
 import { el, field, segments } from "../parts/dom.js";
@@ -6,16 +6,17 @@ import { brief, count, percent } from "../parts/numbers.js";
 import { roam } from "../parts/roam.js";
 import { plain, tokenStrip, visible } from "../parts/tokens.js";
 
-const EXPECTED = 8; // tokens that the model had thought likeliest
+const EXPECTED = 8; // tokens that the model found likeliest
 const MOST_ROWS = 1024;
 
 export default {
   key: "loss",
   title: { en: "Loss", zh: "损失" },
   intro: {
-    en: "The loss of a token is −ln of the probability the model gave it: 0 means it was certain, "
-      + "and each unit more means 2.7 times less likely. Training is nothing but making the mean "
-      + "of these numbers small. Paste any text above and see where the model is surprised.",
+    en: "The loss of a token is −ln of the probability that the model gave it: 0 means it was "
+      + "certain, and each unit more means 2.7 times less likely. All that training does is to "
+      + "make the mean of these numbers smaller. Paste any text above and see where the model is "
+      + "surprised.",
     zh: "一个词元的损失是 −ln（模型给它的概率）：0 表示完全确定，每增加 1，可能性就小 2.7 倍。"
       + "训练不过是让这些数的平均值变小。在上方粘贴任意文本，看模型在哪里感到意外。",
   },
@@ -33,7 +34,7 @@ export default {
       was: "It was {token}: probability {p}, loss {loss}, rank {rank} of {all}.",
       undecided: "The model’s own uncertainty there was {n} nats of entropy.",
       first: "Nothing comes before the first token, so nothing predicts it.",
-      tooShort: "A loss takes two tokens at least: write a longer text.",
+      tooShort: "A loss needs at least two tokens: write a longer text.",
       more: "{n} more tokens are not listed.",
     },
     zh: {
@@ -92,7 +93,7 @@ export default {
   },
 };
 
-/** A colour behind a token: none for what was certain, the warm end of the scale for a surprise. */
+/** The colour behind a token: none if it was certain, the warm end of the scale if it surprised. */
 const shade = (loss, most) => (loss === null ? null
   : `color-mix(in oklab, var(--more) ${(46 * Math.min(1, loss / most)).toFixed(1)}%, var(--sunk))`);
 

@@ -1,7 +1,7 @@
-/* View 2: the whole model, operation by operation, drawn from what the server saw it compute.
+/* The map: the whole model, operation by operation, drawn from what the server saw it compute.
 
-   The residual stream runs down on the left; what a block computes stands beside it and comes back
-   in an addition. On every arrow the live shape. An operation's lines of model.py stand beside. */
+   The residual stream runs down on the left. What a block computes is drawn beside it and comes
+   back in an addition. Every arrow shows the present shape; the panel shows lines of model.py. */
 
 import { el, svg } from "../parts/dom.js";
 import { about, count } from "../parts/numbers.js";
@@ -15,9 +15,9 @@ export default {
   key: "map",
   title: { en: "Map", zh: "模型地图" },
   intro: {
-    en: "All that this model does, from token numbers to logits. Each arrow carries the shape of "
-      + "what flows there now; letters explain themselves. Point at an operation, or walk with the "
-      + "arrow keys, to read the very lines of code that compute it.",
+    en: "Everything that this model does, from token ids to logits. Each arrow shows the shape of "
+      + "what flows there now; point at a letter to read its meaning. Point at an operation, or "
+      + "move with the arrow keys, to read the lines of code that compute it.",
     zh: "这个模型所做的一切，从词元编号到 logits。每个箭头上是此刻流过的张量形状，字母可以悬停查看含义。"
       + "指向一个操作，或用方向键移动，即可看到计算它的那几行代码。",
   },
@@ -55,7 +55,7 @@ export default {
       return app.set({ operation: items[i].key }, { replace: true });
     }
 
-    /** A passing pointer shows, and leaves the choice as it is. */
+    /** What the pointer passes over is shown, without being chosen. */
     const look = (i) => !items[i].closed && showSide(app, side, items[i]);
     drawing.addEventListener("pointerleave", () => look(current()));
 
@@ -83,7 +83,7 @@ function picture(app, items, width, at, choose, look) {
   wires(items), items.map((item, i) => node(app, item, i === at, () => choose(i), () => look(i))));
 }
 
-/** The stream, and for each block's branches a way out and back. */
+/** The line of the residual stream, and a way out and back for the branches of each block. */
 function wires(items) {
   const paths = [];
   const stream = items.filter((item) => item.lane === 0);
@@ -132,7 +132,7 @@ function node(app, item, chosen, onclick, onpointerenter) {
   return [group, shapeOn(app, item, sizes)];
 }
 
-/** The shape on the arrow that leaves an operation; each letter explains itself. */
+/** The shape on the arrow that leaves an operation; each letter has a tooltip. */
 function shapeOn(app, item, sizes) {
   const { symbols, activation } = item.operation;
   const middle = item.y + item.height / 2;

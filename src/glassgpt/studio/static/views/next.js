@@ -1,7 +1,7 @@
-/* View 6: the next token's distribution, every filter in its order, and drawing by one's own hand.
+/* The view of the next token: its distribution, each filter in its order, and drawing by hand.
 
-   What is drawn comes from the server's sampler: the very tokens of `glassgpt sample` for the same
-   seed. What was drawn is a tree (tree.js); the ids that lead to where one is are in the URL. */
+   Tokens come from the server's sampler: the same ones as those of `glassgpt sample` with the same
+   seed. They form a tree (tree.js); the ids that lead to the current node are in the URL. */
 
 import { el, field } from "../parts/dom.js";
 import { roam } from "../parts/roam.js";
@@ -16,15 +16,15 @@ const SHOWN = 60; // tokens of the distribution
 const MANY = 20; // tokens that "draw more" draws
 const TRIES = 12; // sample numbers tried for a branch that isn't there yet
 
-const trees = new Map(); // what is computed -> what was drawn; the view may come and go
+const trees = new Map(); // request -> tree of what was drawn; kept while other views are shown
 
 export default {
   key: "next",
   title: { en: "Next token", zh: "下一个词元" },
   intro: {
     en: "A language model does one thing: it gives every token of its vocabulary a probability of "
-      + "being next. Bend that distribution, watch what each filter cuts, and draw – or "
-      + "decide yourself.",
+      + "being next. Change that distribution, watch what each filter cuts, and draw a token – or "
+      + "choose one yourself.",
     zh: "语言模型只做一件事：给词表里的每个词元一个“成为下一个”的概率。"
       + "弯曲这个分布，看每个过滤器切掉了什么，然后抽取——或者自己决定。",
   },
@@ -39,8 +39,8 @@ export default {
     const same = el("p", { class: "aside same" });
     const buttons = el("div", { class: "controls" });
     const knobs = settings(app);
-    let now = null; // node of the tree
-    let here = null; // tree
+    let now = null; // the current node
+    let here = null; // the current tree
     const go = (node) => app.set({ drawn: tree.pathOf(node).map(({ id }) => id) });
     const panel = distributionPanel(app, (token) => go(tree.grow(now, { ...token, how: "forced",
       end: token.id === app.model.tokenizer.end_of_text })));
@@ -57,7 +57,7 @@ export default {
         snapshot: app.state.snapshot });
       const last = tokens.reduce((node, token) => tree.grow(node, { ...token, how: "drawn", sample,
         end: token.id === app.model.tokenizer.end_of_text }), from);
-      if (finish === "end_of_text") last.end = true; // of a chat there are more ends than one
+      if (finish === "end_of_text") last.end = true; // chat models have several such tokens
       return last;
     }
 
@@ -113,7 +113,7 @@ export default {
           return;
         }
         const prompt = promptIds(app);
-        const begun = app.trace.tokens.map(({ id }) => id); // of an empty text: one all the same
+        const begun = app.trace.tokens.map(({ id }) => id); // one token if the text is empty
         const whole = state.drawn.length ? await second(app, { patch: null,
           tokens: seen(begun, state.drawn, app.model.context_length) }, signal) : null;
         now = tree.follow(here, state.drawn) ?? fromLink(app, here, state.drawn, whole.tokens);
@@ -136,13 +136,13 @@ export default {
   },
 };
 
-/** Ids as `sample` gets them: of an empty text none, though the model reads one to begin with. */
+/** The prompt's ids for `sample`: none for an empty text, for which the model reads one token. */
 function promptIds(app) {
   const { text, tokens } = app.state;
   return tokens === null && text === "" ? [] : app.trace.tokens.map(({ id }) => id);
 }
 
-/** The tree for what is computed now. Null: a new one, and the state's ids belong to the old. */
+/** The tree of this request. Null: the request is new, the ids in the state are of another. */
 function treeOf(app) {
   const key = JSON.stringify(traceRequest(app.state));
   if (trees.has(key)) return trees.get(key);
@@ -158,7 +158,7 @@ function fromLink(app, here, drawn, tokens) {
   end: id === app.model.tokenizer.end_of_text }), here);
 }
 
-/** What the model still sees: when its context is full, it reads on from the newest half. */
+/** What the model sees: when its context is full, it starts again from the newest half. */
 function seen(prompt, drawn, limit) {
   const tokens = [...prompt];
   let start = 0;
@@ -187,7 +187,7 @@ function showCurrent(root) {
   if (chip.top < frame.top) root.scrollTop -= frame.top - chip.top + 6;
 }
 
-/** The command that gives the same text, where there is one. */
+/** The command that gives the same text, or null if there is none. */
 function command(app, now) {
   const { state, model, t } = app;
   const path = tree.pathOf(now);

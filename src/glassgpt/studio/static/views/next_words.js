@@ -1,4 +1,4 @@
-/* The words of view 6. */
+/* Words of the view of the next token. */
 
 export default {
   en: {
@@ -10,10 +10,10 @@ export default {
     "tree.end": "end of text",
     draw: "Draw a token", drawMany: "Draw {n}", branch: "Branch here", undo: "Undo",
     startOver: "Start over", asPrompt: "Make it the prompt",
-    noOther: "{n} more samples draw no token here that is not in the tree yet.",
-    patchedNote: "Drawing rests while activations are patched: a patch fits the prompt’s length "
-      + "alone.",
-    same: "The same text:",
+    noOther: "{n} more samples drew only tokens that are already in the tree.",
+    patchedNote: "No tokens can be drawn while activations are patched: a patch fits only the "
+      + "length of the prompt.",
+    same: "Command that writes the same text:",
     settings: "How it is drawn",
     allOff: "reset",
     off: "off",
@@ -26,17 +26,17 @@ export default {
     min_p: "Min-p", "min_p.exact": "Min-p, exactly",
     stages: "What each step leaves",
     stagesNote: "Applied from top to bottom over the full vocabulary.",
-    stage: "Step", kept: "Tokens kept", mass: "Mass kept", entropy: "Entropy (nats)",
-    "stage.all": "all, as the model says", "stage.repetition_penalty": "repetition penalty",
+    stage: "Step", kept: "Tokens kept", mass: "Probability kept", entropy: "Entropy (nats)",
+    "stage.all": "the model’s own probabilities", "stage.repetition_penalty": "repetition penalty",
     "stage.temperature": "temperature", "stage.top_k": "top-k", "stage.top_p": "top-p",
     "stage.min_p": "min-p",
     cutAt: "keeps p ≥ {p}",
-    cutLine: "{stage} cuts here: {kept} tokens kept, {mass} of the mass",
+    cutLine: "{stage} cuts here: {kept} tokens kept, {mass} of the probability",
     likeliest: "The likeliest tokens",
     forceNote: "Thin bar: the model’s own probability. Thick bar: after all steps. "
-      + "Click a token to make it the next one, whatever its chance.",
+      + "Click a token to make it the next one, however unlikely it is.",
     force: "Continue with {token}",
-    token: "Token", own: "Model", final: "Drawn with",
+    token: "Token", own: "Model", final: "After all steps",
   },
   zh: {
     tree: "抽取的过程",

@@ -1,4 +1,4 @@
-/* Part of view 7: every block, head and MLP as a switch: blocks x parts.
+/* Part of the experiments view: every block, head and MLP as a switch (blocks x parts).
 
    const grid = partsGrid(app); grid.show({label, parts: ["3.h2"], toggle: (part) => ..., takes}) */
 
@@ -40,7 +40,7 @@ export function partsGrid(app) {
   };
 }
 
-/** Whether a larger chosen part holds this one: a head is in its attention, that in its block. */
+/** Whether this part lies in a larger chosen one: a head in its attention, or that in its block. */
 function isWithin(part, parts) {
   const [layer, column] = part.split(".");
   if (!column) return false;

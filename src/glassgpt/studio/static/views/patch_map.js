@@ -1,4 +1,4 @@
-/* Part of view 7: where in the model the difference between two texts lies: blocks x positions.
+/* Part of the experiments view: where the difference between two texts lies (blocks x positions).
 
    const map = patchMap(app); await map.update(other, signal)   other: the second text's trace, null
    A table whose cells are coloured; one forward pass a block, so long texts wait for a button. */
@@ -7,8 +7,8 @@ import { choice, el, field } from "../parts/dom.js";
 import { brief } from "../parts/numbers.js";
 import { plain, visible } from "../parts/tokens.js";
 
-const AT_ONCE = 32; // tokens for which it is computed without being asked
-const ROUNDING = 1e-4; // differences below it are no finding, and get no colour
+const AT_ONCE = 32; // tokens: for shorter texts, the map is computed without a click
+const ROUNDING = 1e-4; // logits: smaller differences are only rounding, and get no colour
 const NAMES = ["resid_post", "attn_out", "mlp_out"];
 
 export function patchMap(app) {
@@ -20,8 +20,8 @@ export function patchMap(app) {
   const root = el("section", { class: "panel", "aria-label": t("map"), hidden: true },
     el("h2", null, t("map")), el("p", { class: "aside" }, t("mapNote")), tools, frame);
   let name = NAMES[0];
-  let token = null; // whose logit; null: the second text's likeliest
-  let wanted = ""; // texts for which a long map was asked for
+  let token = null; // the token whose logit is shown; null: the likeliest of the second text
+  let wanted = ""; // the long texts whose map was asked for
   let redraw = () => {};
 
   const say = (work) => work.catch((error) => {
@@ -67,7 +67,7 @@ export function patchMap(app) {
   };
 }
 
-/** The likeliest of both texts, the second one's first, none twice. */
+/** The likeliest tokens of both texts, those of the second first, without duplicates. */
 function likely(first, then) {
   const all = [...first.slice(0, 5), ...then.slice(0, 5)];
   return all.filter((token, i) => all.findIndex(({ id }) => id === token.id) === i);

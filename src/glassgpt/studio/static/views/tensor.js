@@ -1,4 +1,4 @@
-/* View 3: every tensor of the pass, cell by cell, and where each number came from. */
+/* The tensors view: every tensor of the pass, cell by cell, and where each number came from. */
 
 import { el, choice, field } from "../parts/dom.js";
 import { heatmap } from "../parts/heatmap.js";
@@ -7,7 +7,7 @@ import { shape } from "../parts/shape.js";
 import { terms } from "../parts/terms.js";
 import { plain } from "../parts/tokens.js";
 
-// A window of a large tensor at a time: little is sent, and cells stay large enough to be seen.
+// Only a window of a large tensor is fetched, so that answers are small and cells can be seen.
 const MOST_ROWS = 128;
 const MOST_COLUMNS = 256;
 
@@ -15,8 +15,8 @@ export default {
   key: "tensor",
   title: { en: "Tensors", zh: "张量" },
   intro: {
-    en: "Everything that the pass computed, by its name in the code. Choose a tensor, then a cell: "
-      + "below stands the sum that made it, as numbers that add up.",
+    en: "Everything that the pass computed, by its name in the code. Choose a tensor, then a cell, "
+      + "to see below how its number was computed: terms that add up to it.",
     zh: "这次前向计算得到的一切，按代码中的名字列出。选一个张量，再选一格：下方是得出它的算式，"
       + "各数相加正好相等。",
   },
@@ -26,11 +26,11 @@ export default {
       values: "{n} numbers", window: "Shown", earlier: "Earlier", later: "Later",
       statistics: "mean {mean}, standard deviation {deviation}, from {least} to {most}",
       ofWindow: "of the part shown",
-      unknown: "There is no tensor “{name}” in this model; it has {some} … The first is shown.",
+      unknown: "There is no tensor “{name}” in this model; it has {some} … The first one is shown.",
       noCell: "There is no cell {cell} in {name}, whose shape is {shape}.",
       picture: "Values of {name}",
       choose: "Choose a cell to see where its number came from.",
-      aria: "Which part",
+      aria: "Part that is shown",
     },
     zh: {
       tensor: "张量", outside: "块之外", block: "第 {n} 块",
@@ -57,7 +57,7 @@ export default {
     root.append(el("section", { class: "panel", "aria-label": t("tensor") }, choosing, facts,
       paging, picture.root), hint, origin.root);
     let drawn = null; // {activation, head, rows, columns}
-    let start = [0, 0]; // of the window
+    let start = [0, 0]; // row and column at which the window begins
 
     function picked(r, c) {
       app.set({ tensor: drawn.activation.name, cell: drawn.index(r, c) }, { replace: true });
@@ -124,7 +124,7 @@ function cellOf(app, { name, shape: sizes }, cell) {
   return fits ? cell : null;
 }
 
-/** Rows and columns: the last two dimensions; of a list, one row. */
+/** Rows and columns: the last two dimensions; a list is one row. */
 const matrixOf = (sizes) => (sizes.length === 1 ? [1, sizes[0]] : sizes.slice(-2));
 const at2 = (activation, cell) => (activation.shape.length === 1 ? [0, cell[0]] : cell.slice(-2));
 
@@ -144,7 +144,7 @@ function maskFor({ name }, [row, column]) {
   return undefined; // -inf is masked
 }
 
-/** What rows and columns are: tokens where the letter says so. */
+/** Labels of rows or columns: tokens if the letter of the dimension stands for tokens. */
 function labels(app, activation, dimension, from) {
   const symbols = activation.symbols.slice(-2);
   const symbol = activation.symbols.length === 1 && dimension === 0 ? "1"

@@ -1,4 +1,4 @@
-/* View 1: the text as the model gets it: pieces, their numbers, their bytes, how they were merged. */
+/* The tokens view: the text as the model gets it. Pieces, their ids and bytes, and their merges. */
 
 import { el } from "../parts/dom.js";
 import { count } from "../parts/numbers.js";
@@ -19,7 +19,7 @@ export default {
   words: {
     en: {
       summary: "{characters} characters → {bytes} bytes → {tokens} tokens",
-      ratio: "{n} bytes a token",
+      ratio: "{n} bytes per token",
       kind: "Tokenizer: {kind}, {n} tokens in the vocabulary",
       all: "All tokens",
       piece: "Token {id}",
@@ -27,12 +27,12 @@ export default {
       id: "Id",
       bytes: "Bytes (UTF-8)",
       merges: "Built in {n} merges",
-      mergesNote: "Byte pair encoding starts from single bytes and joins the pair that was "
-        + "learned first, until nothing more can be joined.",
+      mergesNote: "Byte pair encoding starts from single bytes. It always joins the pair "
+        + "that was learned first, until no learned pair is left.",
       noMerges: "One unit of the vocabulary: nothing was merged.",
       special: "A special token: it stands for no text of its own.",
       left: "Left", right: "Right", whole: "Becomes", number: "Step",
-      more: "{n} more tokens are not drawn here; the row above shows all.",
+      more: "{n} more tokens are not drawn here; the row above shows all of them.",
       position: "Position", text: "Text",
     },
     zh: {

@@ -1,4 +1,4 @@
-/* View 11: a guided tour of the reader's own model. It asks first, and shows what is true after. */
+/* The tour: questions about the reader's own model. It lets them guess, then shows the answer. */
 
 import { el } from "../parts/dom.js";
 import { QUESTIONS } from "./tour_questions.js";
@@ -8,8 +8,8 @@ export default {
   key: "tour",
   title: { en: "Tour", zh: "导览" },
   intro: {
-    en: "Eight questions about the model that is loaded here and the text above. Guess first: a "
-      + "guess that turns out wrong teaches most. Every answer is computed now, from this model.",
+    en: "Eight questions about the model that is loaded here and the text above. Guess first: "
+      + "you learn most from a wrong guess. Every answer is computed now, from this model.",
     zh: "八个问题，关于这里载入的模型和上方的文本。先猜一猜：猜错最长见识。"
       + "每个答案都由这个模型此刻算出。",
   },

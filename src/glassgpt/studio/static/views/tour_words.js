@@ -7,38 +7,39 @@ export default {
     afterBlock: "after block {n}", block: "block {n}",
     "tokens.title": "Pieces",
     "tokens.ask": "How many tokens does the model read when it reads your text?",
-    "tokens.tell": "The text has {words} words and {letters} characters; the tokenizer makes {n} "
-      + "tokens of it. A character model takes every letter for itself, a BPE model joins what is "
-      + "common.",
+    "tokens.tell": "The text has {words} words and {letters} characters; the tokenizer turns it "
+      + "into {n} tokens. A character tokenizer makes a token of every character; a BPE "
+      + "tokenizer joins characters that often occur together.",
     "next.title": "What comes next?",
     "next.ask": "The model gives every token of its vocabulary a probability to come next. Which one "
       + "does it find likeliest after your text?",
     "next.tell": "“{token}”, with {p}. These are the likeliest four; all others share the rest.",
     "looks.title": "Looking back",
     "looks.ask": "In layer {layer}, head {head}: which token does position {position}, “{token}”, "
-      + "take the most from?",
-    "looks.tell": "From “{best}”: {p} of what this head gathers. Another head looks elsewhere.",
+      + "attend to most?",
+    "looks.tell": "“{best}”: {p} of what this head gathers comes from it. Other heads look "
+      + "elsewhere.",
     "future.title": "Looking ahead",
-    "future.ask": "How much of the tokens that come later may a token look at?",
+    "future.ask": "How many of the tokens that come later may a token look at?",
     "future.all": "all of them", "future.some": "only the next one", "future.none": "none of them",
     "future.tell": "The shares right of the diagonal sum to {sum}. If tokens could see the next one, "
       + "predicting it would be copying, and nothing would be learned.",
     "sink.title": "Where attention rests",
-    "sink.ask": "A head with nothing to look for must still give its shares to somebody. How much of "
-      + "all attention lies on the very first token, on average?",
-    "sink.tell": "{p} here. Large trained models often rest on the first token much more: it carries "
+    "sink.ask": "A head that finds nothing to look at must still distribute its shares. How much "
+      + "of all attention lies on the very first token, on average?",
+    "sink.tell": "{p} here. In large trained models it is often much more: the first token carries "
       + "little meaning, so looking at it changes little.",
     "lens.title": "When is it decided?",
-    "lens.ask": "If the model had to answer early: from where on would it give the token that it "
-      + "gives in the end, without changing its mind again?",
+    "lens.ask": "Suppose the model had to answer early. From where on would it give its final "
+      + "answer and no longer change it?",
     "lens.tell": "From {when} on it says “{token}”.",
     "surprise.title": "Surprise",
     "surprise.ask": "Which token of your text surprises the model most?",
     "surprise.tell": "“{token}”: a loss of {loss}, where the text has {mean} on average. The loss is "
       + "−log of the probability that the model gave the token that really came.",
     "off.title": "Without a block",
-    "off.ask": "Switch off one block, and let the stream flow past it. Which one does the model miss "
-      + "the most?",
+    "off.ask": "One block is switched off, and the residual stream flows past it. Which block "
+      + "does the model miss most?",
     "off.tell": "Block {n}: the loss goes from {before} to {after}.",
   },
   zh: {

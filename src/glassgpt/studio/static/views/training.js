@@ -1,4 +1,4 @@
-/* View 10: the same text while the model learns. Loss curve, snapshots, and what they can do. */
+/* The training view: the loss curve, and what the snapshots of a training make of the same text. */
 
 import { bars } from "../parts/bars.js";
 import { curve } from "../parts/curve.js";
@@ -14,16 +14,16 @@ export default {
   key: "training",
   title: { en: "Training", zh: "训练" },
   intro: {
-    en: "How this model came to be. The loss is its surprise at text: at first it guesses among all "
-      + "tokens alike, then it learns which ones are common, then words, then how they follow. Move "
-      + "the slider to see the same text through an earlier self.",
+    en: "How this model learned. The loss says how much text surprises it: at first it finds all "
+      + "tokens equally likely, then it learns which ones are common, then words, then their "
+      + "order. Move the slider to read the same text with the model of an earlier moment.",
     zh: "这个模型的来历。损失是它对文本的意外程度：起初它在所有词元中平均地猜，随后学会哪些常见，"
       + "再学会词，再学会词的先后。移动滑块，用更早的它来看同一段文本。",
   },
   words: {
     en: {
       curve: "Loss while learning", train: "training", val: "validation", guess: "guessing: {loss}",
-      none: "There is no record of a training with this model: metrics.jsonl is missing.",
+      none: "There is no record of this model’s training: metrics.jsonl is missing.",
       noSnapshots: "This run kept no snapshots. Train with --snapshots to see the model at earlier "
         + "steps.",
       running: "This run is in progress; the curve grows as it learns.",
@@ -67,7 +67,7 @@ export default {
     let timer = 0;
     let playing = 0;
 
-    /** Again and again while the run goes on; a failure ends it, and is said. */
+    /** Asks again and again while the run is in progress; an error is shown and ends it. */
     async function showCurve(signal) {
       const training = await app.api.get("training", signal);
       app.model.snapshots = training.snapshots;
@@ -172,7 +172,7 @@ function drawCurve(app, chart, note, { rows, running, guessing }) {
     running ? el("b", { "data-running": true }, t("running")) : "");
 }
 
-/** After each block: what the last token would be followed by. */
+/** After each block: the token that would follow the last one. */
 function showLens(app, root, { rows }) {
   const { t } = app;
   root.replaceChildren(el("table", { class: "list" },

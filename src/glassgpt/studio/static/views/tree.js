@@ -1,4 +1,4 @@
-/* What was drawn, as a tree: every token a button, every other try a branch.
+/* What was drawn, as a tree: every token is a button, every other try a branch.
 
    const child = grow(node, {id, text, p, final, how}); show(app, root, {tree, now, onpick})
    Knows nothing of how tokens are drawn. */
@@ -9,7 +9,7 @@ import { plain, visible } from "../parts/tokens.js";
 
 export const seed = () => ({ id: null, parent: null, children: [] });
 
-/** The child with this token: the one that is there, or a new one. */
+/** The child with this token, which is added if it is not there. */
 export function grow(node, token) {
   const known = node.children.find((child) => child.id === token.id);
   if (known) return known;
@@ -24,7 +24,7 @@ export function pathOf(node) {
   return path.reverse();
 }
 
-/** The node that ids lead to, or null. */
+/** The node to which these ids lead, or null. */
 export function follow(tree, ids) {
   let node = tree;
   for (const id of ids) {
@@ -34,7 +34,7 @@ export function follow(tree, ids) {
   return node;
 }
 
-/** Takes a leaf away; its parent is what remains. A node with branches stays. */
+/** Removes a leaf and returns its parent. A node with branches stays. */
 export function prune(node) {
   const { parent } = node;
   if (!node.children.length) parent.children.splice(parent.children.indexOf(node), 1);
@@ -48,7 +48,7 @@ export function show(app, root, { tree, now, onpick }) {
   root.replaceChildren(chain(app, tree, { path, now, onpick }, [start]));
 }
 
-/** Tokens in a row for as long as there is one way; where there are more, a list of branches. */
+/** A row of tokens as far as there is only one way, then a list of branches. */
 function chain(app, node, how, chips = []) {
   let at = node;
   while (at.children.length === 1) {

@@ -16,11 +16,11 @@ from tests.unit.test_trace import FAMILIES
 
 from glassgpt.checkpoints.run_directory import Checkpoint, load_model, save_model, save_snapshot
 from glassgpt.errors import UserError
-from glassgpt.studio import session as sessions
-from glassgpt.studio.drawing import in_context
+from glassgpt.studio import explorer as explorers
+from glassgpt.studio.explorer import Explorer, NotHeldError
 from glassgpt.studio.requests import DistributionRequest, SampleRequest, TraceRequest
-from glassgpt.studio.session import NotHeldError, Session
-from glassgpt.studio.words import likeliest, merges
+from glassgpt.studio.server import to_json
+from glassgpt.studio.token_display import likeliest, merges
 from glassgpt.tokenizers.tokenizer import CharTokenizer, Tokenizer, byte_tokenizer, train_bpe
 
 LETTERS = CharTokenizer.from_characters([chr(97 + i) for i in range(26)] + list(" .,!?\n-:;'"))
@@ -34,26 +34,26 @@ def saved(folder: Path, tokenizer: Tokenizer = LETTERS, **fields: Any) -> str:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_answers_every_question(tmp_path: Path, family: str) -> None:
-    session = Session(saved(tmp_path, **FAMILIES[family]), device="cpu")
-    answer = session.trace(TraceRequest(text="a fox"))
-    key, T = answer["trace"], len(answer["tokens"])
-    model = session.loaded(TraceRequest()).model
-    logits = model(torch.tensor([[one["id"] for one in answer["tokens"]]]))[0]
+    explorer = Explorer(saved(tmp_path, **FAMILIES[family]), device="cpu")
+    answer = explorer.trace(TraceRequest(text="a fox"))
+    held, T = explorer.held(answer.trace), len(answer.tokens)
+    model = explorer.loaded(TraceRequest()).model
+    logits = model(torch.tensor([[one.id for one in answer.tokens]]))[0]
     chance = logits[-1].softmax(-1)
-    for token in answer["next"]["top"]:
-        assert token["p"] == pytest.approx(chance[token["id"]].item(), abs=1e-6)
-    np.testing.assert_allclose(session.tensor(key, "logits"), logits.detach(), atol=1e-5)
-    for one in answer["activations"]:
-        cell = session.cell(key, one["name"], [0] * len(one["shape"]))
-        assert cell["total"] == pytest.approx(cell["value"], abs=1e-4)
-    assert len(session.lens(key)["rows"]) == model.config.n_layer + 1
-    assert len(session.loss(key)["loss"]) == T
-    parts = session.attribution(key)
-    assert sum(p["value"] for p in parts["parts"]) == pytest.approx(parts["logit"], abs=1e-4)
-    assert session.model()["operations"]
-    drawn = session.sample(SampleRequest(prompt=[1, 2], n=20, temperature=0))["tokens"]
+    for token in answer.next.top:
+        assert token.p == pytest.approx(chance[token.id].item(), abs=1e-6)
+    np.testing.assert_allclose(held.window("logits"), logits.detach(), atol=1e-5)
+    for one in answer.activations:
+        cell = held.cell(one.name, ",".join("0" * len(one.shape)))
+        assert cell.total == pytest.approx(cell.value, abs=1e-4)
+    assert len(held.lens().rows) == model.config.n_layer + 1
+    assert len(held.loss().loss) == T
+    parts = held.attribution()
+    assert sum(p["value"] for p in parts.parts) == pytest.approx(parts.logit, abs=1e-4)
+    assert explorer.model().operations
+    drawn = explorer.sample(SampleRequest(prompt=[1, 2], n=20, temperature=0)).tokens
     assert len(drawn) == 20
-    assert json.dumps(session.model())
+    assert json.loads(to_json(explorer.model()))
 
 
 def test_a_tiny_llama_of_transformers(tmp_path: Path) -> None:
@@ -68,34 +68,34 @@ def test_a_tiny_llama_of_transformers(tmp_path: Path) -> None:
     theirs.save_pretrained(tmp_path)
     spec = json.dumps(byte_tokenizer().spec)
     (tmp_path / "tokenizer.json").write_text(spec)
-    session = Session(str(tmp_path), device="cpu")
-    key = session.trace(TraceRequest(text="a llama"))["trace"]
+    explorer = Explorer(str(tmp_path), device="cpu")
+    held = explorer.held(explorer.trace(TraceRequest(text="a llama")).trace)
     with torch.no_grad():
         out = theirs(torch.tensor([list(b"a llama")]), output_attentions=True,
                      output_hidden_states=True)  # fmt: skip
-    np.testing.assert_allclose(session.tensor(key, "logits"), out.logits[0], atol=1e-4)
-    np.testing.assert_allclose(session.tensor(key, "blocks.1.resid_pre"), out.hidden_states[1][0],
+    np.testing.assert_allclose(held.window("logits"), out.logits[0], atol=1e-4)
+    np.testing.assert_allclose(held.window("blocks.1.resid_pre"), out.hidden_states[1][0],
                                atol=1e-4)  # fmt: skip
     for head in range(4):
-        np.testing.assert_allclose(session.tensor(key, "blocks.1.pattern", head),
+        np.testing.assert_allclose(held.window("blocks.1.pattern", head),
                                    out.attentions[1][0, head], atol=1e-5)  # fmt: skip
-    cell = session.cell(key, "blocks.1.q", [3, 5, 2])
-    assert cell["how"] == "rotation"
-    assert abs(cell["difference"]) < 1e-5
+    cell = held.cell("blocks.1.q", "3,5,2")
+    assert cell.how == "rotation"
+    assert abs(cell.difference) < 1e-5
 
 
 def test_old_traces_make_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    session = Session(saved(tmp_path), device="cpu")
-    first = session.trace(TraceRequest(text="a fox"))["trace"]
-    monkeypatch.setattr(sessions, "_MOST_BYTES", 2 * session.held(first)[0].n_bytes)
-    second = session.trace(TraceRequest(text="a cat"))["trace"]
-    assert session.trace(TraceRequest(text="a fox"))["trace"] == first  # the same, and now newest
-    third = session.trace(TraceRequest(text="a dog"))["trace"]
-    session.maps(first)
-    session.maps(third)
+    explorer = Explorer(saved(tmp_path), device="cpu")
+    first = explorer.trace(TraceRequest(text="a fox")).trace
+    monkeypatch.setattr(explorers, "_MOST_BYTES", 2 * explorer.held(first).n_bytes)
+    second = explorer.trace(TraceRequest(text="a cat")).trace
+    assert explorer.trace(TraceRequest(text="a fox")).trace == first  # the same, and now newest
+    third = explorer.trace(TraceRequest(text="a dog")).trace
+    explorer.held(first)
+    explorer.held(third)
     with pytest.raises(NotHeldError, match="no longer held"):
-        session.maps(second)
-    assert session.trace(TraceRequest(text="a cat"))["trace"] == second
+        explorer.held(second)
+    assert explorer.trace(TraceRequest(text="a cat")).trace == second
 
 
 @pytest.mark.slow
@@ -106,40 +106,38 @@ def test_snapshots_that_are_no_longer_shown_leave_memory(
     checkpoint = load_model(run)
     for step in (0, 8, 16):
         save_snapshot(tmp_path, step, checkpoint)
-    monkeypatch.setattr(sessions, "_MOST_MODELS", 1)
-    session = Session(run, device="cpu")
-    assert session.model()["snapshots"] == [0, 8, 16]
+    monkeypatch.setattr(explorers, "_MOST_MODELS", 1)
+    explorer = Explorer(run, device="cpu")
+    assert explorer.model().snapshots == [0, 8, 16]
     weights, traces = [], []
     for step in (0, 8, 16):
-        traces.append(session.trace(TraceRequest(text="a fox", snapshot=step))["trace"])
-        session.sample(SampleRequest(prompt=[1, 2], snapshot=step))
-        model = session.loaded(TraceRequest(snapshot=step)).model
+        traces.append(explorer.trace(TraceRequest(text="a fox", snapshot=step)).trace)
+        explorer.sample(SampleRequest(prompt=[1, 2], snapshot=step))
+        model = explorer.loaded(TraceRequest(snapshot=step)).model
         weights.append(weakref.ref(model.head.weight))
         del model
     gc.collect()
     assert [weight() is None for weight in weights] == [True, True, False]
     with pytest.raises(NotHeldError, match="no longer held"):
-        session.maps(traces[0])
-    session.maps(traces[2])
+        explorer.held(traces[0])
+    explorer.held(traces[2])
 
 
 def test_ids_that_no_text_has_are_never_next(tmp_path: Path) -> None:
-    session = Session(saved(tmp_path, vocab_size=LETTERS.vocab_size + 30), device="cpu")
-    answer = session.trace(TraceRequest(text="a fox"))
-    wanted = session.distribution(answer["trace"], DistributionRequest(show=20))
-    assert [one["p"] for one in answer["next"]["top"]] == [one["p"] for one in wanted["tokens"]]
-    last = session.lens(answer["trace"], k=20)["rows"][-1]["positions"][-1]
-    assert [one["p"] for one in last["top"]] == pytest.approx(
-        [one["p"] for one in wanted["tokens"]], abs=1e-6
-    )
+    explorer = Explorer(saved(tmp_path, vocab_size=LETTERS.vocab_size + 30), device="cpu")
+    answer = explorer.trace(TraceRequest(text="a fox"))
+    wanted = explorer.held(answer.trace).distribution(DistributionRequest(show=20))
+    assert [one.p for one in answer.next.top] == [one.p for one in wanted.tokens]
+    last = explorer.held(answer.trace).lens(k=20).rows[-1].positions[-1]
+    assert [one.p for one in last.top] == pytest.approx([one.p for one in wanted.tokens], abs=1e-6)
 
 
 def test_an_empty_text_and_unknown_characters(tmp_path: Path) -> None:
-    session = Session(saved(tmp_path), device="cpu")
-    assert [t["text"] for t in session.trace(TraceRequest())["tokens"]] == ["\n"]
-    assert "'7'" in session.trace(TraceRequest(text="a 7"))["note"]
+    explorer = Explorer(saved(tmp_path), device="cpu")
+    assert [t.text for t in explorer.trace(TraceRequest()).tokens] == ["\n"]
+    assert "'7'" in explorer.trace(TraceRequest(text="a 7")).note
     with pytest.raises(UserError, match="14 tokens, but the model's context holds 13"):
-        session.trace(TraceRequest(text="a" * 14))
+        explorer.trace(TraceRequest(text="a" * 14))
 
 
 def test_a_classifier_is_refused(tmp_path: Path) -> None:
@@ -148,7 +146,7 @@ def test_a_classifier_is_refused(tmp_path: Path) -> None:
     weights["score.weight"] = np.zeros((2, config.n_embd), np.float32)
     save_model(tmp_path, Checkpoint(config, weights, LETTERS, labels=("good", "bad")))
     with pytest.raises(UserError, match="is a classifier"):
-        Session(str(tmp_path), device="cpu")
+        Explorer(str(tmp_path), device="cpu")
 
 
 def test_bpe_builds_a_token_from_bytes() -> None:
@@ -166,10 +164,4 @@ def test_bpe_builds_a_token_from_bytes() -> None:
 def test_the_likeliest_are_those_of_a_stable_sort() -> None:
     chance = np.array([0.1, 0.3, 0.1, 0.3, 0.2, 0.0])
     for n in range(1, 9):
-        assert likeliest(chance, n).tolist() == [1, 3, 4, 0, 2, 5][:n]
-
-
-def test_a_full_context_starts_again_with_its_half() -> None:
-    held = [in_context(2, list(range(n)), 4) for n in range(2, 9)]
-    assert held == [[0, 1], [0, 1, 2], [0, 1, 2, 3], [3, 4], [3, 4, 5], [3, 4, 5, 6], [6, 7]]
-    assert in_context(9, list(range(9)), 4) == [5, 6, 7, 8]
+        assert likeliest(chance, n) == [1, 3, 4, 0, 2, 5][:n]

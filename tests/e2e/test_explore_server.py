@@ -18,13 +18,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tests.browser import GOLDEN
 from tests.conftest import refuse
 
 import glassgpt
 from glassgpt.interpret.lens import without
 from glassgpt.interpret.trace import record
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "modern"
 TEXT = "the cat sat on"
 
 

@@ -1,4 +1,5 @@
-"""The explorer's views 5 to 9 in a real browser: what the page says is what torch computes."""
+"""What the explorer's page shows of predictions in a real browser: the logit lens, attribution,
+sampling, parts that are switched off or patched, losses, the cache. All numbers are torch's."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.browser import PHONE, Explorer, explored
+from tests.browser import GOLDEN, PHONE, Explorer, explored
 from tests.conftest import tiny_config, tiny_model, weights_of
 
 import glassgpt
@@ -24,7 +25,8 @@ from glassgpt.interpret.lens import attribution, logit_lens, patch_map, patched,
 from glassgpt.interpret.trace import record
 from glassgpt.tokenizers.tokenizer import byte_tokenizer
 
-GOLDEN = Path(__file__).parent.parent / "golden" / "modern"
+pytestmark = pytest.mark.browser
+
 TEXT, OTHER = "The small bird slept", "The small bird sleep"
 
 
@@ -97,7 +99,7 @@ def explorer(request: pytest.FixtureRequest) -> Views:
     return request.getfixturevalue(request.param)
 
 
-# -- 5: the logit lens ---------------------------------------------------------------------------
+# -- the logit lens --------------------------------------------------------------------------------
 
 
 def test_every_cell_of_the_lens_is_what_the_head_reads_there(explorer: Views):
@@ -149,7 +151,7 @@ def test_the_parts_of_a_changed_model_add_up_too(explorer: Views):
     assert written["total"] == pytest.approx(logits[-1].max(), abs=1e-4)
     assert sum(written.values()) - written["total"] == pytest.approx(written["total"], abs=1e-4)
     shown = explorer.page.locator(".view-lens").inner_text()
-    assert "block 0: what was put in place" in shown
+    assert "block 0: what was put in its place" in shown
 
 
 def test_the_lens_moves_by_keyboard(modern: Views):
@@ -163,7 +165,7 @@ def test_the_lens_moves_by_keyboard(modern: Views):
     assert [(one["name"], one["index"]) for one in pressed] == [("blocks.0.resid_post", "2")]
 
 
-# -- 6: the next token ---------------------------------------------------------------------------
+# -- the next token --------------------------------------------------------------------------------
 
 HOW = dict(repetition_penalty=1.3, temperature=0.7, top_k=14, top_p=0.93, min_p=0.05)
 
@@ -269,7 +271,7 @@ def test_what_was_drawn_is_in_the_address(modern: Views):
     assert drawn_text(modern) == ""
 
 
-# -- 7: experiments ------------------------------------------------------------------------------
+# -- experiments -----------------------------------------------------------------------------------
 
 
 def against(explorer: Views, one: np.ndarray, two: np.ndarray) -> None:
@@ -335,7 +337,8 @@ def test_texts_of_other_lengths_are_compared_but_not_patched(modern: Views):
     modern.open("experiments", TEXT, experiment="prompt", other="The small bird")
     against(modern, modern.logits(modern.ids()), modern.logits(modern.ids("The small bird")))
     assert modern.page.locator("[data-part]:visible").count() == 0
-    assert "patching needs as many" in modern.page.locator(".view-experiments").inner_text()
+    says = modern.page.locator(".view-experiments").inner_text()
+    assert "patching needs texts with the same number" in says
 
 
 def test_two_models_side_by_side(modern: Views, runs: dict[str, Path]):
@@ -347,7 +350,7 @@ def test_two_models_side_by_side(modern: Views, runs: dict[str, Path]):
     assert modern.values("compare")["loss.b"] == pytest.approx(losses.mean(), abs=1e-4)
 
 
-# -- 8: loss -------------------------------------------------------------------------------------
+# -- loss ------------------------------------------------------------------------------------------
 
 
 def test_the_loss_is_that_of_evaluate(explorer: Views):
@@ -384,7 +387,7 @@ def test_one_token_has_no_loss(modern: Views):
     assert "two tokens" in modern.page.locator(".view-loss").inner_text()
 
 
-# -- 9: the cache --------------------------------------------------------------------------------
+# -- the cache -------------------------------------------------------------------------------------
 
 
 def test_the_cache_is_as_large_as_its_tensors(explorer: Views):
@@ -412,7 +415,7 @@ def test_the_cache_is_as_large_as_its_tensors(explorer: Views):
     assert int(steps["full"]["value"]) == full.keys.nbytes + full.values.nbytes
 
 
-# -- all of them ---------------------------------------------------------------------------------
+# -- all of these views ----------------------------------------------------------------------------
 
 STATES: list[tuple[str, dict[str, Any]]] = [
     ("next", {"sampling": {"top_k": 5, "top_p": 0.9}}), ("experiments", {"off": ["1", "0.h1"]}),
