@@ -18,7 +18,8 @@ from glassgpt.config import ModelConfig
 from glassgpt.errors import UserError
 from glassgpt.interpret import activations
 from glassgpt.interpret.activations import ACTIVATIONS, sizes, split_name, symbols_of
-from glassgpt.interpret.trace import record, record_attention, shapes_of, source
+from glassgpt.interpret.operations import source
+from glassgpt.interpret.trace import record, record_attention, record_shapes
 from glassgpt.model import GPT, attention, attention_by_hand
 
 FAMILIES = {
@@ -195,7 +196,7 @@ def random_configs() -> list[ModelConfig]:
 def test_shapes_parameters_and_flops_are_the_real_ones(config: ModelConfig) -> None:
     model = tiny_model(config)
     tokens = some_tokens(config, batch=3, n=8)
-    without_weights, trace = shapes_of(config, 8, batch=3), record(model, tokens, loss=True)
+    without_weights, trace = record_shapes(config, 8, batch=3), record(model, tokens, loss=True)
     assert len(without_weights.operations) == len(trace.operations)
     for real, symbolic in zip(trace.operations, without_weights.operations, strict=True):
         assert real == symbolic
@@ -218,7 +219,7 @@ def test_symbols_mean_the_numbers_beside_them(config: ModelConfig) -> None:
         "3C": 3 * config.n_embd, "3HD": 3 * H * D, "H+2K": H + 2 * K, "(H+2K)D": (H + 2 * K) * D,
         "HD": H * D, "context": config.context_length,
     }  # fmt: skip
-    for op in shapes_of(config, T, batch=B).operations:
+    for op in record_shapes(config, T, batch=B).operations:
         assert tuple(values[letter] for letter in op.symbols) == op.output, op
         for letters, shape in zip(op.inputs_symbols, op.inputs, strict=True):
             assert tuple(values[letter] for letter in letters) == shape, op
@@ -227,7 +228,7 @@ def test_symbols_mean_the_numbers_beside_them(config: ModelConfig) -> None:
 def test_operations_point_to_the_lines_of_model_py() -> None:
     lines = source().splitlines()
     for fields in FAMILIES.values():
-        for op in shapes_of(tiny_config(**fields), 5).operations:
+        for op in record_shapes(tiny_config(**fields), 5).operations:
             first, last = op.lines
             text = "\n".join(lines[first - 1 : last])
             if op.activation and op.activation.endswith(".pattern"):
@@ -269,7 +270,7 @@ def test_the_table_of_activations_names_functions_and_lines_of_model_py() -> Non
 def test_a_large_config_without_weights() -> None:
     config = ModelConfig.from_shape("gpt2", vocab_size=50257, context_length=1024, n_layer=12,
                                     n_head=12, n_embd=768)  # fmt: skip
-    trace = shapes_of(config, 10, batch=2)
+    trace = record_shapes(config, 10, batch=2)
     assert sum(op.parameters for op in trace.operations) == 124_439_808
     text = trace.table()
     assert "(B, H, T, D)" in text

@@ -32,7 +32,7 @@ from glassgpt.interpret.lens import (
     patched,
     without,
 )
-from glassgpt.interpret.trace import Trace, record, shapes_of
+from glassgpt.interpret.trace import Trace, record, record_shapes
 from glassgpt.options import resolve_options, split_options
 from glassgpt.reporting.terminal import aligned
 from glassgpt.tokenizers.tokenizer import unknown_note
@@ -62,7 +62,7 @@ def describe_preset(
         raise UserError(f"tokens={n_tokens}; the context holds 1 to {config.context_length}")
     if not 1 <= batch <= _MOST_TEXTS:
         raise UserError(f"batch={batch} must be 1 to {_MOST_TEXTS:,}")
-    table = shapes_of(config, n_tokens, batch).table(layer, every=every)
+    table = record_shapes(config, n_tokens, batch).table(layer, every=every)
     return f"{table}\nvocabulary of {text.vocab_size:,} tokens ({data.tokenizer})"
 
 

@@ -21,7 +21,8 @@ import torch
 from glassgpt.config import ModelConfig
 from glassgpt.errors import UserError
 from glassgpt.interpret.activations import Fill, stream_names
-from glassgpt.interpret.trace import Edit, Trace, record
+from glassgpt.interpret.operations import Edit
+from glassgpt.interpret.trace import Trace, record
 from glassgpt.model import GPT
 
 # -- the logit lens ------------------------------------------------------------------------------

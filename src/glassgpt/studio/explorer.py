@@ -28,7 +28,8 @@ from glassgpt.errors import UserError, nearest
 from glassgpt.inference.generate import first_tokens
 from glassgpt.interpret.activations import LEGEND, PATCHABLE
 from glassgpt.interpret.lens import combine, find_part, patch_map, patched, without
-from glassgpt.interpret.trace import Edit, Operation, record, shapes_of, source
+from glassgpt.interpret.operations import Edit, Operation, source
+from glassgpt.interpret.trace import record, record_shapes
 from glassgpt.model import GPT
 from glassgpt.studio import sampling
 from glassgpt.studio.held_trace import MissingError, as_batch
@@ -171,7 +172,7 @@ class Explorer:
     def model(self) -> ModelAnswer:
         loaded = self.loaded(Which())
         config, tokenizer = loaded.config, loaded.tokenizer
-        operations = shapes_of(config, 2).operations  # two tokens, so that there is a loss
+        operations = record_shapes(config, 2).operations  # two tokens, so that there is a loss
         run = Path(self.runs["a"])
         return ModelAnswer(
             name=_name(self.runs["a"]),

@@ -16,7 +16,8 @@ import torch
 
 from glassgpt.errors import UserError, nearest
 from glassgpt.interpret.activations import ATTENTION_STEPS, KEPT, sizes, split_name, symbols_of
-from glassgpt.interpret.trace import Bands, Edit, Trace, record, record_attention, record_block
+from glassgpt.interpret.operations import Edit
+from glassgpt.interpret.trace import Bands, Trace, record, record_attention, record_block
 from glassgpt.model import GPT
 
 SIDE = 32  # most rows and columns of a small map: more can't be told apart on a page

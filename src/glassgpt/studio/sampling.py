@@ -25,7 +25,8 @@ from glassgpt.inference.generate import (
     first_tokens,
     probabilities,
 )
-from glassgpt.interpret.trace import Bands, Edit, record
+from glassgpt.interpret.operations import Edit
+from glassgpt.interpret.trace import Bands, record
 from glassgpt.model import GPT
 from glassgpt.studio.held_trace import as_batch
 from glassgpt.studio.requests import Filters, SampleRequest

@@ -20,7 +20,7 @@ from glassgpt.errors import UserError
 from glassgpt.inference.generate import probabilities
 from glassgpt.interpret.explain import Sum, explain
 from glassgpt.interpret.lens import attribution, logit_lens
-from glassgpt.interpret.trace import Edit
+from glassgpt.interpret.operations import Edit
 from glassgpt.studio.held_trace import HeldTrace, MissingError, as_batch
 from glassgpt.studio.requests import DistributionRequest
 from glassgpt.studio.sampling import Distribution, distribution, sampling_of
