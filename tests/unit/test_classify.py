@@ -22,7 +22,7 @@ from glassgpt.inference.classify import (
     set_score_head,
 )
 from glassgpt.model import GPT
-from glassgpt.reporting import loss_curves as plot
+from glassgpt.reporting import plots as plot
 from glassgpt.tokenizers.tokenizer import byte_tokenizer, from_spec
 
 SHAPES = {

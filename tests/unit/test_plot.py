@@ -14,9 +14,17 @@ import numpy as np
 import pytest
 
 from glassgpt.errors import UserError
-from glassgpt.reporting import loss_curves as plot
-from glassgpt.reporting.canvas import COLOURS, check_target, font_note, readable, shortened
-from glassgpt.reporting.loss_curves import Curve, loss_curve, loss_curves
+from glassgpt.reporting import plots as plot
+from glassgpt.reporting.plots import (
+    COLOURS,
+    Curve,
+    check_target,
+    font_note,
+    loss_curve,
+    loss_curves,
+    readable,
+    shortened,
+)
 
 
 def rows(*losses: float, start: int = 0) -> list[dict[str, Any]]:

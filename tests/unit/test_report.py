@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from glassgpt.reporting.report import Expectation, Report, summary, write_report
+from glassgpt.reporting.run_log import Expectation, Report, summary, write_report
 
 PLAN = Expectation(seconds=300.0, tokens_per_second=50_000.0, tokens=14_000_000, epochs=13.9,
                    loss=1.52, loss_of_twice=1.47)  # fmt: skip

@@ -123,7 +123,7 @@ class FigureFile:
         """The file; raises `UserError` for one that no figure can be written to."""
         if self.out is None:
             return None
-        from glassgpt.reporting.canvas import check_target
+        from glassgpt.reporting.plots import check_target
 
         check_target(Path(self.out), self.overwrite)
         return Path(self.out)

@@ -25,8 +25,15 @@ from glassgpt.checkpoints.run_directory import find_model, read_json
 from glassgpt.config import DataConfig
 from glassgpt.errors import UserError, explain_os_errors, first_of
 from glassgpt.interpret.figures import draw_attention, draw_embedding
-from glassgpt.reporting.canvas import COLOURS, check_target, font_note, shortened
-from glassgpt.reporting.loss_curves import Curve, X, loss_curves
+from glassgpt.reporting.plots import (
+    COLOURS,
+    Curve,
+    X,
+    check_target,
+    font_note,
+    loss_curves,
+    shortened,
+)
 from glassgpt.reporting.run_log import read_metrics
 from glassgpt.reporting.terminal import aligned, format_seconds
 from glassgpt.tokenizers.tokenizer import Tokenizer, unknown_note

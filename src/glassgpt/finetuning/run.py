@@ -33,8 +33,7 @@ from glassgpt.finetuning.tasks import ChatTask, FinetuneTask, LabelTask
 from glassgpt.inference.classify import class_weights, set_score_head
 from glassgpt.model import GPT, crop_positions
 from glassgpt.options import names_of, resolve_options, split_options
-from glassgpt.reporting.report import TrainResult
-from glassgpt.reporting.run_log import require_loggers
+from glassgpt.reporting.run_log import TrainResult, require_loggers
 from glassgpt.system import SILENT, Reporter
 from glassgpt.tokenizers.tokenizer import Tokenizer
 from glassgpt.training.loop import Trainer

@@ -25,7 +25,7 @@ from glassgpt.finetuning.lora import LoRA, adapter_tensors, merged_weights
 from glassgpt.inference.classify import class_logits, metrics, metrics_table
 from glassgpt.inference.generate import complete
 from glassgpt.model import GPT
-from glassgpt.reporting.loss_curves import confusion
+from glassgpt.reporting.plots import confusion
 from glassgpt.tokenizers.chat_template import Chat
 from glassgpt.tokenizers.tokenizer import Tokenizer, to_files
 from glassgpt.training.task import TextTask

@@ -4,7 +4,7 @@
     print(label_probabilities(model, tokenizer, ["A great film."]))
 
 Also how good their guesses are: accuracy, F1, confusions. This module knows no files and no
-training; `reporting.loss_curves.confusion` draws the matrix.
+training; `reporting.plots.confusion` draws the matrix.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from glassgpt.reporting.canvas import COLOURS, new_figure, readable, save, style
+from glassgpt.reporting.plots import COLOURS, new_figure, readable, save, style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -29,16 +29,18 @@ from glassgpt.config import TrainConfig
 from glassgpt.data.batches import IGNORE, Dataset, Split
 from glassgpt.errors import UserError
 from glassgpt.model import GPT
-from glassgpt.reporting.loss_curves import loss_curve
-from glassgpt.reporting.report import (
+from glassgpt.reporting.plots import loss_curve
+from glassgpt.reporting.run_log import (
     Expectation,
     Report,
+    RunLog,
     TrainResult,
+    rewind_samples,
     shape_in_words,
     summary,
     write_report,
+    write_sample,
 )
-from glassgpt.reporting.run_log import RunLog, rewind_samples, write_sample
 from glassgpt.reporting.terminal import format_seconds, program
 from glassgpt.system import Reporter
 from glassgpt.training.optimizers import (

@@ -29,7 +29,7 @@ from glassgpt.data.glance import Text, look_at
 from glassgpt.errors import UserError
 from glassgpt.model import GPT
 from glassgpt.options import names_of, resolve_options, split_options
-from glassgpt.reporting.report import Expectation
+from glassgpt.reporting.run_log import Expectation
 from glassgpt.reporting.terminal import format_seconds
 from glassgpt.runtime import Card, find_card
 from glassgpt.system import SILENT, Reporter, free_memory, peak_memory
