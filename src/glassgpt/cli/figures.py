@@ -42,9 +42,22 @@ MAX_TOKENS = 128  # of a text whose attention is drawn: more can't be told apart
 _MAX_LABEL = 14  # characters of a token
 _MAX_NAME = 48  # characters of a run's
 # How long, how often and where to: seen in the curves, or of no matter to them.
-_NOT_COMPARED = {"out", "data", "threads", "tensorboard", "wandb", "max_steps", "eval_interval",
-                 "log_interval", "checkpoint_interval", "sample_tokens", "sample_prompt",
-                 "eval_batches", "device", "compile"}  # fmt: skip
+_NOT_COMPARED = {
+    "out",
+    "data",
+    "threads",
+    "tensorboard",
+    "wandb",
+    "max_steps",
+    "eval_interval",
+    "log_interval",
+    "checkpoint_interval",
+    "sample_tokens",
+    "sample_prompt",
+    "eval_batches",
+    "device",
+    "compile",
+}
 _MAX_DIFFERENCES = 3  # options in the label of a run
 
 
@@ -92,9 +105,13 @@ def draw_figure(
 
 
 def plot_losses(
-    runs: Sequence[str | Path], target: Path, *, x: X = "step", log_x: bool = False,
+    runs: Sequence[str | Path],
+    target: Path,
+    *,
+    x: X = "step",
+    log_x: bool = False,
     log_y: bool = False,
-) -> list[str]:  # fmt: skip
+) -> list[str]:
     """Draw the losses of runs into `target` -> what there is to say: a table, and notes.
 
     A run that has no loss yet is left out, with a note. Raises `UserError` where nothing is left,
@@ -105,26 +122,38 @@ def plot_losses(
     known = [folder for folder in folders if any(map(_has_loss, rows[folder]))]
     empty = [str(folder) for folder in folders if folder not in known]
     if not known:
-        raise UserError(f"{first_of(empty)}: no loss is recorded yet; wait for the first "
-                        "evaluation")  # fmt: skip
+        raise UserError(
+            f"{first_of(empty)}: no loss is recorded yet; wait for the first evaluation"
+        )
     notes = [f"note: {first_of(empty)} left out: no loss is recorded yet"] if empty else []
     names, abouts = short_names(known), [_about(folder) for folder in known]
-    labels = [f"{name} ({more})" if more else name
-              for name, more in zip(names, differences(abouts), strict=True)]  # fmt: skip
+    labels = [
+        f"{name} ({more})" if more else name
+        for name, more in zip(names, differences(abouts), strict=True)
+    ]
     guesses = [_guessing(folder) for folder in known]
-    curves = [Curve(label, rows[folder], guess and guess[:2])
-              for label, folder, guess in zip(labels, known, guesses, strict=True)]  # fmt: skip
+    curves = [
+        Curve(label, rows[folder], guess and guess[:2])
+        for label, folder, guess in zip(labels, known, guesses, strict=True)
+    ]
     if len({guess for guess in guesses if guess}) > 1:
-        notes.append("note: these runs do not choose among the same tokens, so their losses do not "
-                     "compare; `glassgpt eval` gives bits per byte, which do")  # fmt: skip
+        notes.append(
+            "note: these runs do not choose among the same tokens, so their losses do not "
+            "compare; `glassgpt eval` gives bits per byte, which do"
+        )
     broken = sum(_is_broken(row) for folder in known for row in rows[folder])
     if broken:
         notes.append(f"note: {broken} losses left out that are no finite numbers")
     pers = {guess[2] for guess in guesses if guess} or {"token"}
-    table = aligned([["run", "best val loss", "at step", "steps", "tokens", "time"],
-                     *(_line(curve) for curve in curves)])  # fmt: skip
-    loss_curves(target, curves, x=x, log_x=log_x, log_y=log_y, per=" or ".join(sorted(pers)),
-                about=table)  # fmt: skip
+    table = aligned(
+        [
+            ["run", "best val loss", "at step", "steps", "tokens", "time"],
+            *(_line(curve) for curve in curves),
+        ]
+    )
+    loss_curves(
+        target, curves, x=x, log_x=log_x, log_y=log_y, per=" or ".join(sorted(pers)), about=table
+    )
     return [table, *notes]
 
 
@@ -133,8 +162,11 @@ def short_names(folders: Sequence[Path]) -> list[str]:
     parts = [folder.resolve().parts for folder in folders]
     names = []
     for mine in parts:
-        n = next(n for n in range(1, len(mine) + 1)
-                 if sum(other[-n:] == mine[-n:] for other in parts) == 1)  # fmt: skip
+        n = next(
+            n
+            for n in range(1, len(mine) + 1)
+            if sum(other[-n:] == mine[-n:] for other in parts) == 1
+        )
         names.append(shortened(str(Path(*mine[-n:])), _MAX_NAME))
     return names
 
@@ -144,14 +176,21 @@ def differences(abouts: Sequence[dict[str, Any]]) -> list[str]:
     if len(abouts) < 2 or not all(abouts):
         return [""] * len(abouts)
     defaults = {"shape": "modern"} | dataclasses.asdict(DataConfig())
-    values = [defaults | about.get("train", {}) | about.get("model", {}) | about.get("options", {})
-              for about in abouts]  # fmt: skip
+    values = [
+        defaults | about.get("train", {}) | about.get("model", {}) | about.get("options", {})
+        for about in abouts
+    ]
     asked = dict.fromkeys(name for about in abouts for name in about.get("options", {}))
-    differing = [name for name in asked if name not in _NOT_COMPARED
-                 and len({repr(one.get(name)) for one in values}) > 1]  # fmt: skip
+    differing = [
+        name
+        for name in asked
+        if name not in _NOT_COMPARED and len({repr(one.get(name)) for one in values}) > 1
+    ]
     more = ", …" if len(differing) > _MAX_DIFFERENCES else ""
-    return [", ".join(f"{name} {_short(one.get(name))}" for name in differing[:_MAX_DIFFERENCES])
-            + more for one in values]  # fmt: skip
+    return [
+        ", ".join(f"{name} {_short(one.get(name))}" for name in differing[:_MAX_DIFFERENCES]) + more
+        for one in values
+    ]
 
 
 def _short(value: object) -> str:
@@ -165,12 +204,16 @@ def _read(folder: Path) -> list[dict[str, Any]]:
     path = folder / "metrics.jsonl"
     if not folder.exists():
         if hub.is_hub_name(str(folder)):
-            raise UserError(f"{folder} is no folder here, and published models keep no record of "
-                            "their training; --embedding and --attention draw them")  # fmt: skip
+            raise UserError(
+                f"{folder} is no folder here, and published models keep no record of "
+                "their training; --embedding and --attention draw them"
+            )
         raise UserError(f"{folder} does not exist; name a run directory (see: ls runs)")
     if not path.exists():
-        raise UserError(f"{folder} is no run directory (it has no metrics.jsonl); "
-                        "--embedding and --attention draw a model alone")  # fmt: skip
+        raise UserError(
+            f"{folder} is no run directory (it has no metrics.jsonl); "
+            "--embedding and --attention draw a model alone"
+        )
     with explain_os_errors(f"read {path}"):
         try:
             rows = read_metrics(path)
@@ -184,8 +227,10 @@ def _has_loss(row: dict[str, Any]) -> bool:
 
 
 def _is_broken(row: dict[str, Any]) -> bool:
-    return any(isinstance(row.get(name), float) and not math.isfinite(row[name])
-               for name in ("train_loss", "val_loss"))  # fmt: skip
+    return any(
+        isinstance(row.get(name), float) and not math.isfinite(row[name])
+        for name in ("train_loss", "val_loss")
+    )
 
 
 def _about(folder: Path) -> dict[str, Any]:
@@ -213,8 +258,10 @@ def _guess(n: int, name: str, per: str) -> tuple[float, str, str]:
 def _line(curve: Curve) -> list[str]:
     """A run's row of the table."""
     best = curve.best()
-    last = {name: max((row[name] for row in curve.rows if name in row), default=None)
-            for name in ("step", "tokens", "seconds")}  # fmt: skip
+    last = {
+        name: max((row[name] for row in curve.rows if name in row), default=None)
+        for name in ("step", "tokens", "seconds")
+    }
     return [
         curve.label,
         f"{best[1]:.4f}" if best else "-",
@@ -240,8 +287,15 @@ def plot_embedding(run: str, target: Path) -> list[str]:
     # Labels are given in this order while there is room: whole characters before odd bytes.
     order = sorted(range(V), key=lambda token: (kinds[token] == _ODD, token))
     labels = [label_of(tokenizer, token) for token in order]
-    draw_embedding(target, table[order], labels, [kinds[token] for token in order], KINDS,
-                          positions=positions, title=_title(run))  # fmt: skip
+    draw_embedding(
+        target,
+        table[order],
+        labels,
+        [kinds[token] for token in order],
+        KINDS,
+        positions=positions,
+        title=_title(run),
+    )
     what = f"{V:,} tokens" + ("" if positions is None else f", {len(positions):,} positions")
     note = font_note(labels, target)
     return [what, note] if note else [what]
@@ -275,21 +329,29 @@ def plot_attention(
     trace = record(loaded.model, torch.tensor([tokens]), keep=["pattern"])
     patterns = np.stack([trace[f"blocks.{i}.pattern"][0] for i in layers])[:, heads]  # (L, H, T, T)
     patterns = _finite(patterns, run)
-    chosen = [f"{name} {only[0]}" for name, only in (("layer", layers), ("head", heads))
-              if len(only) == 1]  # fmt: skip
+    chosen = [
+        f"{name} {only[0]}" for name, only in (("layer", layers), ("head", heads)) if len(only) == 1
+    ]
     labels = [label_of(tokenizer, token) for token in tokens]
     if note := font_note(labels, target):
         notes.append(note)
-    draw_attention(target, patterns, labels, layers=layers, heads=heads,
-                          title=", ".join([_title(run), *chosen]))  # fmt: skip
+    draw_attention(
+        target,
+        patterns,
+        labels,
+        layers=layers,
+        heads=heads,
+        title=", ".join([_title(run), *chosen]),
+    )
     return [f"{len(layers)} layers x {len(heads)} heads, {len(tokens)} tokens", *notes]
 
 
 def _finite(array: np.ndarray, run: str) -> np.ndarray:
     array = np.asarray(array, dtype=np.float32)
     if not np.isfinite(array).all():
-        raise UserError(f"{run} holds numbers that are none (NaN or infinity): its weights are "
-                        "broken")  # fmt: skip
+        raise UserError(
+            f"{run} holds numbers that are none (NaN or infinity): its weights are broken"
+        )
     return array
 
 

@@ -24,8 +24,11 @@ _WIDE, _SMALLEST = 16, 0.7  # inches: of all panels together, and of one at leas
 # Where a label may stand: at its point, beside it, or some pixels away, at the end of a line.
 _AROUND = [(1, 0), (-1, 0), (0, 1), (0, -1)]
 _CORNERS = [(1, 1), (-1, 1), (1, -1), (-1, -1)]
-_SIDES = [((0, 0), 0), *((side, 0) for side in _AROUND),
-          *((side, far) for far in (15, 30, 45, 60) for side in _AROUND + _CORNERS)]  # fmt: skip
+_SIDES = [
+    ((0, 0), 0),
+    *((side, 0) for side in _AROUND),
+    *((side, far) for far in (15, 30, 45, 60) for side in _AROUND + _CORNERS),
+]
 _FUTURE = "0.9"  # the grey of what no token may see
 
 
@@ -55,8 +58,10 @@ def draw_embedding(
     for component, name in enumerate((axes.set_xlabel, axes.set_ylabel)):
         name(f"principal component {component + 1} ({shares[component]:.0%} of the variance)")
     axes.grid(alpha=0.2)
-    axes.set_title(readable(f"{title}: embeddings of {len(points):,} tokens, {table.shape[1]} wide",
-                            target), parse_math=False)  # fmt: skip
+    axes.set_title(
+        readable(f"{title}: embeddings of {len(points):,} tokens, {table.shape[1]} wide", target),
+        parse_math=False,
+    )
     present = [kind for kind in colours if kind in set(kinds)]
     for kind in present:
         axes.scatter([], [], s=40, color=colours[kind], label=kind)
@@ -64,13 +69,18 @@ def draw_embedding(
     if positions is not None:
         _similarity(figure, panels[1], positions)
     figure.draw_without_rendering()  # the layout decides where points are, and what fits there
-    hidden = _label(axes, points, [readable(label, target) for label in labels],
-                    [colours[kind] for kind in kinds])  # fmt: skip
+    hidden = _label(
+        axes,
+        points,
+        [readable(label, target) for label in labels],
+        [colours[kind] for kind in kinds],
+    )
     size, alpha = float(np.clip(2000 / len(points), 3, 20)), np.clip(500 / len(points), 0.12, 0.5)
     for kind in present:
         mine = points[(np.array(kinds) == kind) & ~hidden]
-        axes.scatter(*mine.T, s=size, color=colours[kind], alpha=alpha, lw=0,
-                     rasterized=len(points) > 5000)  # 50,000 circles are 10 MB of SVG  # fmt: skip
+        axes.scatter(
+            *mine.T, s=size, color=colours[kind], alpha=alpha, lw=0, rasterized=len(points) > 5000
+        )  # 50,000 circles are 10 MB of SVG
     save(figure, target, f"Embeddings of {title}")
 
 
@@ -121,12 +131,20 @@ def _label(
             taken = np.vstack([taken, box])
             hidden[i] = side == (0, 0)
             leader = dict(arrowstyle="-", lw=0.5, color=colours[i], shrinkA=0, shrinkB=0)
-            axes.annotate(labels[i], points[i], (centre - places[i]) / pixel,
-                          textcoords="offset points", ha="center", va="center", fontsize=size,
-                          color=colours[i], parse_math=False, annotation_clip=False,
-                          arrowprops=leader if distance else None,
-                          bbox=dict(facecolor="white", alpha=0.7, edgecolor="none",
-                                    pad=0.3))  # fmt: skip
+            axes.annotate(
+                labels[i],
+                points[i],
+                (centre - places[i]) / pixel,
+                textcoords="offset points",
+                ha="center",
+                va="center",
+                fontsize=size,
+                color=colours[i],
+                parse_math=False,
+                annotation_clip=False,
+                arrowprops=leader if distance else None,
+                bbox=dict(facecolor="white", alpha=0.7, edgecolor="none", pad=0.3),
+            )
             break
     return hidden
 
@@ -172,14 +190,25 @@ def draw_attention(
         if i == 0 and not alone:
             axes.set_title(f"head {heads[j]}", fontsize=9)
         if j == H - 1 and not alone:
-            axes.annotate(f"layer {layers[i]}", (1.04, 0.5), xycoords="axes fraction", rotation=270,
-                          va="center", fontsize=9)  # fmt: skip
+            axes.annotate(
+                f"layer {layers[i]}",
+                (1.04, 0.5),
+                xycoords="axes fraction",
+                rotation=270,
+                va="center",
+                fontsize=9,
+            )
         _name_tokens(axes, shown, side, left=j == 0, below=i == L - 1)
     figure.supxlabel("token that is looked at (key)")
     figure.supylabel("token that looks (query)")
     figure.suptitle(readable(title, target), parse_math=False)
-    bar = figure.colorbar(picture, ax=panels, shrink=min(1.0, 4 / (L * side)), aspect=25,
-                          ticks=[0, 0.01, 0.05, 0.2, 0.5, 1])  # fmt: skip
+    bar = figure.colorbar(
+        picture,
+        ax=panels,
+        shrink=min(1.0, 4 / (L * side)),
+        aspect=25,
+        ticks=[0, 0.01, 0.05, 0.2, 0.5, 1],
+    )
     bar.set_label("attention weight (rows sum to 1)")
     bar.ax.set_yticklabels(["0", "0.01", "0.05", "0.2", "0.5", "1"])
     save(figure, target, f"Attention of {title}")
@@ -216,8 +245,15 @@ def _write_numbers(axes: Axes, pattern: np.ndarray) -> None:
     for i in range(len(pattern)):
         for j in range(i + 1):
             colour = "white" if pattern[i, j] > 0.4 else "black"
-            axes.text(j, i, f"{pattern[i, j]:.2f}".removeprefix("0"), ha="center", va="center",
-                      fontsize=7, color=colour)  # fmt: skip
+            axes.text(
+                j,
+                i,
+                f"{pattern[i, j]:.2f}".removeprefix("0"),
+                ha="center",
+                va="center",
+                fontsize=7,
+                color=colour,
+            )
 
 
 # -- numbers by token ----------------------------------------------------------------------------
@@ -245,15 +281,34 @@ def draw_grid(
     axes = figure.subplots()
     largest = float(np.abs(values).max(initial=0)) or 1.0
     low, high = limits or (-largest, largest)
-    picture = axes.imshow(values, cmap="Blues" if limits else "PuOr", vmin=low, vmax=high,
-                          aspect="auto", origin="lower")  # fmt: skip
+    picture = axes.imshow(
+        values,
+        cmap="Blues" if limits else "PuOr",
+        vmin=low,
+        vmax=high,
+        aspect="auto",
+        origin="lower",
+    )
     for (i, j), value in np.ndenumerate(values) if cells else ():
         dark = (value - low) / (high - low) > 0.55
-        axes.text(j, i, readable(cells[i][j], target), ha="center", va="center",  # type: ignore
-                  fontsize=8, color="white" if dark else "black", parse_math=False)  # fmt: skip
+        axes.text(
+            j,
+            i,
+            readable(cells[i][j], target),
+            ha="center",
+            va="center",  # type: ignore
+            fontsize=8,
+            color="white" if dark else "black",
+            parse_math=False,
+        )
     axes.set_yticks(range(R), rows, fontsize=8)
-    axes.set_xticks(range(T), [readable(column, target) for column in columns], fontsize=8,
-                    rotation=90 if max(map(len, columns)) > 3 else 0, parse_math=False)  # fmt: skip
+    axes.set_xticks(
+        range(T),
+        [readable(column, target) for column in columns],
+        fontsize=8,
+        rotation=90 if max(map(len, columns)) > 3 else 0,
+        parse_math=False,
+    )
     axes.set_xlabel(x)
     axes.set_title(readable(title, target), parse_math=False)
     figure.colorbar(picture, ax=axes, aspect=12).set_label(readable(bar, target), parse_math=False)
@@ -276,12 +331,17 @@ def draw_bars(
     colours = [COLOURS[0] if value >= 0 else COLOURS[1] for value in values]
     axes.barh(at, values, color=colours)
     for i, value in zip(at, values, strict=True):
-        axes.annotate(f"{value:.2f}", (value, i), xytext=(3 if value >= 0 else -3, 0),
-                      textcoords="offset points", va="center", fontsize=7,
-                      ha="left" if value >= 0 else "right",
-                      bbox=dict(facecolor="white", edgecolor="none", pad=0.5))  # fmt: skip
-    axes.set_yticks(at, [readable(label, target) for label in labels], fontsize=8,
-                    parse_math=False)  # fmt: skip
+        axes.annotate(
+            f"{value:.2f}",
+            (value, i),
+            xytext=(3 if value >= 0 else -3, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=7,
+            ha="left" if value >= 0 else "right",
+            bbox=dict(facecolor="white", edgecolor="none", pad=0.5),
+        )
+    axes.set_yticks(at, [readable(label, target) for label in labels], fontsize=8, parse_math=False)
     axes.invert_yaxis()
     axes.margins(x=0.12, y=0.01)
     axes.axvline(0, color="black", linewidth=0.8)

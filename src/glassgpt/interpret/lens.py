@@ -73,8 +73,10 @@ def attribution(
     spread = (stream - stream.mean() * centred).square().mean() + model.config.norm_eps
     reader = direction * scale.double() / spread.sqrt()  # (C,)
     reader = reader - reader.mean() * centred  # centring the reader centres what is read
-    found = [Contribution(name, float(vector.double() @ reader))
-             for name, vector in _written(model, trace, position)]  # fmt: skip
+    found = [
+        Contribution(name, float(vector.double() @ reader))
+        for name, vector in _written(model, trace, position)
+    ]
     if bias is not None:
         found.append(Contribution("final_norm bias", float(bias.double() @ direction)))
     return found
@@ -101,8 +103,10 @@ def _written(model: GPT, trace: Trace, position: int) -> Iterator[tuple[str, tor
         written.append((f"{i}.mlp", trace.tensor(f"{name}.mlp_out")[0, position]))
         yield from written
         if edits.keys() & {f"{name}.attn_out", f"{name}.resid_mid", f"{name}.resid_post"}:
-            before, after = (trace.tensor(f"{name}.{x}")[0, position].double()
-                             for x in ("resid_pre", "resid_post"))  # fmt: skip
+            before, after = (
+                trace.tensor(f"{name}.{x}")[0, position].double()
+                for x in ("resid_pre", "resid_post")
+            )
             yield f"{i} edited", after - before - sum(vector for _, vector in written)
 
 
@@ -120,8 +124,12 @@ class Part:
     @property
     def activations(self) -> list[str]:
         """What the part adds to the stream; of a head, what it hands to the output projection."""
-        names = {"block": ["attn_out", "mlp_out"], "attn": ["attn_out"], "mlp": ["mlp_out"],
-                 "head": ["head_out"]}  # fmt: skip
+        names = {
+            "block": ["attn_out", "mlp_out"],
+            "attn": ["attn_out"],
+            "mlp": ["mlp_out"],
+            "head": ["head_out"],
+        }
         return [f"blocks.{self.layer}.{name}" for name in names[self.kind]]
 
 
@@ -129,16 +137,19 @@ def find_part(text: str, config: ModelConfig) -> Part:
     """ "3", "3.attn", "3.mlp", "3.h2"; raises `UserError` for what the model does not have."""
     match = re.fullmatch(r"(\d{1,6})(?:\.(attn|mlp|h(\d{1,6})))?", text.strip())
     if not match:
-        raise UserError(f"{text!r} is no part of a model; write 3 (a block), 3.attn, 3.mlp, or "
-                        "3.h2 (a head)")  # fmt: skip
+        raise UserError(
+            f"{text!r} is no part of a model; write 3 (a block), 3.attn, 3.mlp, or 3.h2 (a head)"
+        )
     layer, kind, head = int(match[1]), match[2], match[3]
     if layer >= config.n_layer:
-        raise UserError(f"{text}: there is no block {layer}; the model has {config.n_layer}, "
-                        "counted from 0")  # fmt: skip
+        raise UserError(
+            f"{text}: there is no block {layer}; the model has {config.n_layer}, counted from 0"
+        )
     if head is not None:
         if int(head) >= config.n_head:
-            raise UserError(f"{text}: there is no head {head}; each block has {config.n_head}, "
-                            "counted from 0")  # fmt: skip
+            raise UserError(
+                f"{text}: there is no head {head}; each block has {config.n_head}, counted from 0"
+            )
         return Part(layer, "head", int(head))
     return Part(layer, kind or "block")  # type: ignore[arg-type]
 
@@ -147,8 +158,12 @@ def without(parts: Iterable[str], config: ModelConfig, fill: Fill = "zero") -> d
     """Edits for `record` that switch parts off: what they give becomes zero, or its mean over all
     positions, which keeps what does not depend on the text."""
     chosen = (find_part(part, config) for part in parts)
-    return combine(*({name: partial(_fill, head=part.head, fill=fill) for name in part.activations}
-                     for part in chosen))  # fmt: skip
+    return combine(
+        *(
+            {name: partial(_fill, head=part.head, fill=fill) for name in part.activations}
+            for part in chosen
+        )
+    )
 
 
 def _fill(value: torch.Tensor, *, head: int | None, fill: Fill) -> torch.Tensor:
@@ -202,8 +217,10 @@ def patched(source: Trace, parts: Iterable[str]) -> dict[str, Edit]:
 
 def _from(other: torch.Tensor, head: int | None, name: str, value: torch.Tensor) -> torch.Tensor:
     if other.shape != value.shape:
-        raise UserError(f"{name} is {tuple(other.shape)} in one text and {tuple(value.shape)} in "
-                        "the other; patching needs texts with as many tokens")  # fmt: skip
+        raise UserError(
+            f"{name} is {tuple(other.shape)} in one text and {tuple(value.shape)} in "
+            "the other; patching needs texts with as many tokens"
+        )
     return _replace(value, other, head)
 
 
@@ -217,8 +234,10 @@ def patch_map(
     """
     T = tokens.size(1)
     if source.tensor("token_embedding").size(1) != T:
-        raise UserError("patching needs texts with as many tokens: "
-                        f"{T} and {source.tensor('token_embedding').size(1)}")  # fmt: skip
+        raise UserError(
+            "patching needs texts with as many tokens: "
+            f"{T} and {source.tensor('token_embedding').size(1)}"
+        )
     last = partial(record, model, keep=["logits"], positions=slice(-1, None))
     before = last(tokens).tensor("logits")[0, -1, token]
     rows = []
