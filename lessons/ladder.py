@@ -66,14 +66,9 @@ def text() -> str:
 def data() -> Dataset:
     """The same text as tokens, one for each character: `.train`, `.val` (the last tenth) and
     `.tokenizer`."""
-    import torch
+    import glassgpt
 
-    from glassgpt.runtime import Machine
-    from glassgpt.system import SILENT
-    from glassgpt.training.run import open_data
-
-    machine = Machine(torch.device("cpu"), torch.float32)
-    return open_data({"data": [text_name()]}, set(), machine, SILENT)
+    return glassgpt.prepare(text_name())
 
 
 # -- the model that later lessons look at --------------------------------------------------------

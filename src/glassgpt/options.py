@@ -12,11 +12,13 @@ import dataclasses
 import tomllib
 import typing
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from glassgpt.config import DataConfig, FinetuneConfig, ModelConfig, Shape, TrainConfig
 from glassgpt.errors import UserError, explain_os_errors, nearest
 from glassgpt.values import check_value
+
+Options = dict[str, Any]  # name of a field -> value; of what type, option_types says
 
 
 def option_types(verb: str = "train") -> dict[str, Any]:
@@ -38,6 +40,14 @@ def option_types(verb: str = "train") -> dict[str, Any]:
 
 def names_of(cls: type) -> set[str]:
     return {field.name for field in dataclasses.fields(cls)}
+
+
+T_ = TypeVar("T_")
+
+
+def make_config(cls: type[T_], options: Options) -> T_:
+    """A `cls` of those of its fields that are among `options`; the others have their defaults."""
+    return cls(**{name: options[name] for name in names_of(cls) & set(options)})
 
 
 def split_options(options: dict[str, Any]) -> tuple[dict[str, Any], DataConfig, TrainConfig]:

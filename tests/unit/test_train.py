@@ -27,7 +27,7 @@ from glassgpt.model import GPT
 from glassgpt.reporting.run_log import read_metrics
 from glassgpt.system import SILENT, Reporter
 from glassgpt.training.loop import Trainer
-from glassgpt.training.run import new_folder, train
+from glassgpt.training.run import train
 from listener import Listener
 
 TINY = dict(n_layer=2, n_head=2, n_embd=12, context_length=11, batch_tokens=66, max_steps=12,
@@ -294,8 +294,9 @@ def test_a_run_belongs_to_one_process(text, tmp_path):
 
 def test_names_of_runs(text, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert [str(new_folder(name)) for name in ("a/book.txt", "b/book.md", "*.txt", "../x y?.z")] \
-        == ["runs/book", "runs/book-2", "runs/model", "runs/x-y"]  # fmt: skip
+    names = ("a/book.txt", "b/book.md", "*.txt", "../x y?.z")
+    runs = [str(checkpoint.RunDirectory.named_after(name).path) for name in names]
+    assert runs == ["runs/book", "runs/book-2", "runs/model", "runs/x-y"]
 
 
 @pytest.mark.slow

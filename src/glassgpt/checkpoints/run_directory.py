@@ -16,8 +16,9 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,8 @@ from glassgpt.checkpoints.peft import apply_adapter, to_peft
 from glassgpt.checkpoints.tensors import SafeTensors, write_tensors
 from glassgpt.config import ModelConfig
 from glassgpt.errors import UserError, explain_os_errors
-from glassgpt.system import write_file
+from glassgpt.reporting.terminal import program
+from glassgpt.system import check_outside, exclusive, own_folder, write_file
 from glassgpt.tokenizers.tokenizer import (
     Tokenizer,
     begin_of_text,
@@ -392,3 +394,107 @@ def rewind_snapshots(run: Path, step: int) -> None:
             shutil.rmtree(unfinished, ignore_errors=True)
             os.replace(folder, unfinished)
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+# -- a folder that a training writes to ----------------------------------------------------------
+
+# All that a run directory may hold: --overwrite deletes nothing that somebody else put there.
+_MODEL_FILES = (
+    r"(config|generation_config|tokenizer|tokenizer_config|glassgpt)\.json|model\.safetensors"
+)
+_RUN_FILES = re.compile(
+    rf"\.?({_MODEL_FILES}|metrics\.jsonl|samples\.md|report\.md)(\.partial)?"
+    r"|(\.partial-)?(loss|confusion)\.png|adapter|checkpoints|snapshots|tensorboard|wandb|\.lock"
+)
+_OWN_FILES = {"glassgpt.json", "metrics.jsonl", "checkpoints"}  # a downloaded model has none
+_LOCK = ".lock"
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """The newest moment of a training that was stopped: what it goes on from."""
+
+    checkpoint: Checkpoint | None  # None where adapters were trained: they are in `tensors`
+    tensors: Mapping[str, np.ndarray]
+    state: dict[str, Any]  # state.json; its "options" are all of the training's, by name
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """The folder of one training: claimed when it is new, or resumed."""
+
+    path: Path
+
+    @classmethod
+    def named_after(cls, data: str) -> RunDirectory:
+        """Make runs/book, or runs/book-2 when that is taken; two processes never get the same."""
+        stem = re.sub(r"[^\w.-]+", "-", Path(data).name.split(".")[0]).strip("-.")[:80] or "model"
+        for n in range(1, 1_000_000):
+            path = Path("runs") / (stem if n == 1 else f"{stem}-{n}")
+            with explain_os_errors(f"write {path}"):
+                path.parent.mkdir(exist_ok=True)
+                with contextlib.suppress(FileExistsError):
+                    path.mkdir()
+                    return cls(path)
+        raise UserError(f"runs/{stem} is taken a million times; choose an --out")
+
+    def claim(
+        self, overwrite: bool, inputs: Iterable[str | Path]
+    ) -> contextlib.AbstractContextManager[None]:
+        """Hold the folder for a new run. An old run in it stays until `empty` is called.
+
+        Raises `UserError` for a folder that is in use, that holds something else, or in which one
+        of `inputs` lies; for an old run, too, without `overwrite`.
+        """
+        if overwrite:
+            check_outside(self.path, inputs)
+        return own_folder(self.path, _LOCK, lambda: self._check_replaceable(overwrite))
+
+    @contextlib.contextmanager
+    def resume(self, verb: str, *, is_main: bool = True) -> Iterator[Resumed]:
+        """Hold the folder, unless another process (`is_main` is False) does, and read where the
+        training stopped. Raises `UserError` for a run of another `verb`."""
+        with contextlib.ExitStack() as held:
+            if is_main:  # before it is read, so that no other process can continue it meanwhile
+                folder = find_training(self.path).parents[1]
+                held.enter_context(exclusive(folder, folder / _LOCK))
+            resumed = Resumed(*load_training(self.path))
+            made_by = resumed.state.get("verb", "train")
+            if made_by != verb:
+                run = shlex.quote(str(self.path))
+                raise UserError(
+                    f"{self.path} was made by {made_by}; go on with: {program()} "
+                    f"{made_by} --resume {run}"
+                )
+            yield resumed
+
+    def empty(self) -> None:
+        """Delete what an old run left."""
+        with explain_os_errors(f"write {self.path}"):
+            for path in self.path.iterdir():
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                elif path.name != _LOCK:
+                    path.unlink()
+
+    def _check_replaceable(self, overwrite: bool) -> None:
+        run = self.path
+        there = {path.name for path in run.iterdir()} - {_LOCK} if run.is_dir() else set()
+        if not there and not run.is_file():
+            return
+        if not overwrite:
+            raise UserError(
+                f"{run} exists already; continue it with --resume "
+                f"{shlex.quote(str(run))}, choose another --out, or say --overwrite"
+            )
+        foreign = {name for name in there if not _RUN_FILES.fullmatch(name)}
+        foreign |= self._unknown_in("checkpoints", re.compile(r"last|\.next|\.previous"))
+        foreign |= self._unknown_in("snapshots", re.compile(rf"{SNAPSHOT.pattern}|\.next"))
+        if foreign or not there & _OWN_FILES:
+            what = f"no training wrote {min(foreign)}" if foreign else "no training wrote it"
+            raise UserError(f"{run} is no run directory ({what}); --overwrite leaves it alone")
+
+    def _unknown_in(self, name: str, known: re.Pattern[str]) -> set[str]:
+        folder = self.path / name
+        there = folder.iterdir() if folder.is_dir() else ()
+        return {f"{name}/{path.name}" for path in there if not known.fullmatch(path.name)}

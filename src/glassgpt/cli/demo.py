@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from glassgpt.checkpoints.run_directory import RunDirectory
 from glassgpt.data import corpora
 from glassgpt.errors import UserError
 from glassgpt.reporting.terminal import program
 from glassgpt.system import Reporter
 from glassgpt.training.loop import TrainResult
-from glassgpt.training.run import new_folder, train
+from glassgpt.training.run import train
 
 
 def demo(
@@ -22,7 +23,7 @@ def demo(
     """
     reporter.say("GlassGPT demo: a small GPT learns to write, character by character.")
     text = _text_at_hand(reporter)
-    run = Path(out) if out else new_folder("demo")
+    run = Path(out) if out else RunDirectory.named_after("demo").path
     options = {"sample_tokens": 300, "budget": budget} | options
     result = train(text, out=str(run), reporter=reporter, **options)
     if not result.finished:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import os
 import shlex
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, TypedDict
 
 from cyclopts import Parameter
 
 from glassgpt.cli.arguments import FinetuneOptions, PrepareOptions, TrainOptions
 from glassgpt.config import DataConfig
-from glassgpt.options import preset_names, resolve_options
+from glassgpt.options import Options, preset_names, resolve_options
 
 if TYPE_CHECKING:
-    from glassgpt.system import Reporter
     from glassgpt.training.loop import TrainResult
 
 
@@ -128,21 +129,10 @@ def train_verb(
     overwrite:
         Replace the run directory if it exists.
     """
-    from glassgpt import STARTED
-    from glassgpt.reporting.terminal import Terminal
-    from glassgpt.system import SILENT
-    from glassgpt.training.run import train as run
+    from glassgpt.training.run import train
 
-    main_process = int(os.environ.get("RANK", 0)) == 0
-    terminal = Terminal() if main_process else SILENT
-    try:
-        result = run(data, preset=preset, config=config, resume=resume, init_from=init_from,
-                     overwrite=overwrite, reporter=terminal, began=STARTED, **options)  # fmt: skip
-    finally:
-        terminal.close()
-    _exit_status(result)
-    if main_process:
-        _say_what_next(terminal, result)
+    common = RunOptions(preset=preset, config=config, resume=resume, overwrite=overwrite)
+    _run(partial(train, data, init_from=init_from), common, options)
 
 
 def finetune_verb(
@@ -190,26 +180,35 @@ def finetune_verb(
     overwrite:
         Replace the run directory if it exists.
     """
+    from glassgpt.finetuning.run import finetune
+
+    common = RunOptions(preset=preset, config=config, resume=resume, overwrite=overwrite)
+    _run(partial(finetune, base, data), common, options)
+
+
+class RunOptions(TypedDict):
+    """What `train` and `finetune` take beside the options that a run keeps."""
+
+    preset: str | None
+    config: str | None
+    resume: str | None
+    overwrite: bool
+
+
+def _run(work: Callable[..., TrainResult], common: RunOptions, options: Options) -> None:
+    """Train as a process of its own: one of several tells people of it, and the status says how it
+    ended."""
     from glassgpt import STARTED
-    from glassgpt.finetuning.run import finetune as run
-    from glassgpt.reporting.terminal import Terminal
+    from glassgpt.reporting.terminal import Terminal, program
     from glassgpt.system import SILENT
 
-    main_process = int(os.environ.get("RANK", 0)) == 0
-    terminal = Terminal() if main_process else SILENT
+    is_main = int(os.environ.get("RANK", 0)) == 0
+    terminal = Terminal() if is_main else SILENT
     try:
-        result = run(base, data, preset=preset, config=config, resume=resume, overwrite=overwrite,
-                     reporter=terminal, began=STARTED, **options)  # fmt: skip
+        result = work(reporter=terminal, began=STARTED, **common, **options)
     finally:
         terminal.close()
     _exit_status(result)
-    if main_process:
-        _say_what_next(terminal, result)
-
-
-def _say_what_next(terminal: Reporter, result: TrainResult) -> None:
-    from glassgpt.reporting.terminal import program
-
     for line in result.summary:
         terminal.say(line)
     terminal.say(
@@ -257,26 +256,22 @@ def plan_verb(
     price:
         Dollars for an hour of one GPU, or of this machine.
     """
-    from glassgpt.reporting.terminal import Terminal
-    from glassgpt.training.planning.planner import make_plan, table
-
-    if resolve_options(options, preset=preset, config=config).get("budget"):
-        _print_budget(data, preset, config, gpu or gpus or mfu, options)
-        return
-    print(table(make_plan(data, preset=preset, config=config, gpu=gpu, gpus=gpus, mfu=mfu,
-                          price=price, reporter=Terminal(), **options)))  # fmt: skip
-
-
-def _print_budget(data: Any, preset: Any, config: Any, elsewhere: Any, options: Any) -> None:
     from glassgpt.errors import UserError
     from glassgpt.reporting.terminal import Terminal
+    from glassgpt.training.planning import planner
     from glassgpt.training.run import plan
 
-    if elsewhere:
-        raise UserError("a budget is planned by measuring: on this machine, without --gpu")
     terminal = Terminal()
+    where = {"preset": preset, "config": config}
     try:
-        table = plan(data, preset=preset, config=config, reporter=terminal, **options)
+        if resolve_options(options, **where).get("budget"):
+            if gpu or gpus or mfu:
+                raise UserError("a budget is planned by measuring: on this machine, without --gpu")
+            table = plan(data, **where, reporter=terminal, **options)
+        else:
+            how = dict(gpu=gpu, gpus=gpus, mfu=mfu, price=price)
+            made = planner.make_plan(data, **where, **how, reporter=terminal, **options)
+            table = planner.table(made)
     finally:
         terminal.close()
     print(table)

@@ -2,13 +2,12 @@
 
     examples, counts = encode_all(Chat(template, tokenizer), conversations, context_length=1024)
 
-How one conversation becomes ids is chat.py's business; where they come from, data/examples.py's.
+One conversation becomes ids in tokenizers/chat_template.py; data/examples.py reads them from files.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain, takewhile
 from typing import NamedTuple, Protocol
@@ -31,12 +30,12 @@ class Dialogue(Protocol):
 
 @dataclass
 class Counts:
-    """What became of the conversations; and of the examples: their turns, tokens and so on."""
+    """What became of the conversations, and how large the examples are."""
 
     conversations: int = 0
-    cut: int = 0  # conversations longer than the context
-    left_out: int = 0  # exchanges that alone are longer than it
-    nothing_learned: int = 0  # conversations in which nothing is to be learned
+    cut: int = 0  # conversations that are longer than the context
+    left_out: int = 0  # exchanges that are longer than the context by themselves
+    nothing_learned: int = 0  # conversations without a token that counts for the loss
     examples: int = 0
     turns: int = 0
     tokens: int = 0
@@ -50,11 +49,11 @@ def encode_all(
     context_length: int,
     loss_on: LossOn = "assistant",
 ) -> tuple[list[Example], Counts]:
-    """Examples of up to `context_length` tokens; targets are the tokens behind, or IGNORE.
+    """Examples of up to `context_length` tokens; a target is the next token, or IGNORE.
 
-    What is longer is cut between exchanges, and each piece begins with the system's turn; with
-    loss on the last turn there is one piece, the end. Raises `UserError`, with the place, for what
-    the template refuses.
+    Longer conversations are cut between exchanges, and each piece begins with the system's turn;
+    with loss on the last turn there is only one piece, the end. Raises `UserError`, which names the
+    file and line, for what the template refuses.
     """
     examples: list[Example] = []
     counts = Counts()
@@ -88,37 +87,38 @@ def _pieces(
 ) -> list[_Piece]:
     """The conversation, or the pieces of it that fit into the context."""
 
-    def piece(*some: Sequence[Message]) -> _Piece | None:
-        """None for what does not fit: clear without a look where there are more turns than
-        tokens, so that no endless conversation is rendered whole."""
-        turns = list(chain.from_iterable(some))
+    def encode(turns: Sequence[Message]) -> _Piece | None:
+        """None for what does not fit. More turns than tokens never fit, so a very long
+        conversation is not rendered whole."""
         if len(turns) > context_length:
             return None
         ids, learned = chat.encode(turns, loss_on)
         return _Piece(turns, ids, learned) if len(ids) <= context_length + 1 else None
 
-    if whole := piece(turns):
+    if whole := encode(turns):
         return [whole]
     counts.cut += 1
     opening, rest = exchanges(turns)
     while rest and all(turn.role != "assistant" for turn in rest[-1]):
         rest.pop()
+    from_the_end = loss_on == "last"
     pieces = []
     while rest:
-        last = loss_on == "last"  # then the end is what counts
-
-        def first(n: int, rest=rest, last=last) -> _Piece | None:
-            return piece(opening, *(rest[-n:] if last else rest[:n]))
-
-        n = _most(lambda n, first=first: first(n) is not None, len(rest))
-        pieces += [found] if n and (found := first(n)) else []
-        counts.left_out += n == 0
-        rest = [] if last else rest[max(n, 1) :]
+        piece, n = None, 0  # of the first n exchanges that are left, or the last n
+        while n < len(rest):
+            some = rest[-n - 1 :] if from_the_end else rest[: n + 1]
+            longer = encode([*opening, *chain.from_iterable(some)])
+            if longer is None:
+                break
+            piece, n = longer, n + 1
+        pieces += [piece] if piece else []
+        counts.left_out += piece is None
+        rest = [] if from_the_end else rest[max(n, 1) :]
     return pieces
 
 
 def exchanges(turns: Sequence[Message]) -> tuple[list[Message], list[list[Message]]]:
-    """The system's turns at the beginning, and the others by what is asked and answered."""
+    """The system's turns at the beginning, and the exchanges: a question with its answers each."""
     opening = list(takewhile(lambda turn: turn.role == "system", turns))
     found: list[list[Message]] = []
     for turn in turns[len(opening) :]:
@@ -126,13 +126,3 @@ def exchanges(turns: Sequence[Message]) -> tuple[list[Message], list[list[Messag
             found.append([])
         found[-1].append(turn)
     return opening, found
-
-
-def _most(fits: Callable[[int], bool], most: int) -> int:
-    """The largest n up to `most` with `fits(n)`; what fits, fits with less, too. It looks at small
-    numbers first: a look takes the longer the larger n is."""
-    fitting, n = 0, 1
-    while n <= most and fits(n):
-        fitting, n = n, 2 * n
-    between = range(fitting + 1, min(n, most + 1))
-    return fitting + bisect_left(between, True, key=lambda n: not fits(n))

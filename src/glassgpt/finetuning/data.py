@@ -1,28 +1,30 @@
-"""What a finetuning learns from: text, conversations or labelled texts, as rows for the trainer.
+"""What a finetuning learns from: text, conversations or labelled texts, as rows for the loop.
 
-    lesson = open_lesson(options, FinetuneConfig(), base, machine, reporter); print(lesson.report)
+    examples = open_finetune_data(session, FinetuneConfig(), base); print(examples.report)
 
-Reads files, splits off what is judged by, encodes with the base's tokenizer and template, packs.
-It knows no model and no optimizer.
+Reads files, keeps some examples for validation, encodes with the base's tokenizer and template,
+and packs. It knows no model and no optimizer.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from glassgpt import runtime
 from glassgpt.checkpoints.load import tokenizer_file
 from glassgpt.checkpoints.run_directory import Checkpoint
-from glassgpt.config import FinetuneConfig
+from glassgpt.config import DataConfig, ExampleFormat, FinetuneConfig
 from glassgpt.data.batches import IGNORE, Dataset, Replay, TokenFiles, is_prepared
 from glassgpt.data.examples import (
+    Conversation,
+    Example_,
     Examples,
     Labelled,
     duplicates,
@@ -34,207 +36,236 @@ from glassgpt.data.packing import PackedRows
 from glassgpt.errors import UserError
 from glassgpt.finetuning.conversations import encode_all
 from glassgpt.inference.classify import encode_text
-from glassgpt.system import Reporter
+from glassgpt.options import make_config
 from glassgpt.tokenizers.chat_template import Chat, choose_template
 from glassgpt.tokenizers.tokenizer import END_OF_TEXT, Tokenizer, add_tokens, unknown_note
-from glassgpt.training.run import adopt_tokenizer, open_data
+from glassgpt.training.run import TrainingSession, adopt_tokenizer, open_data
+
+Row = tuple[np.ndarray, np.ndarray]  # tokens and targets, (n,) each
 
 
 @dataclass
-class Lesson:
-    """What is to be learned: rows, what they are for, and the tokenizer that made them."""
+class FinetuneData:
+    """What is to be learned: rows, what they mean, and the tokenizer that made them."""
 
     data: Dataset
     kind: str  # text, conversations, labels
-    report: list[str]  # of the data, a line each
-    chat: Chat | None = None
-    questions: Sequence[Any] = ()  # conversations to show answers to
+    report: list[str]  # about the data, a line each
+    chat: Chat | None = None  # of conversations
+    questions: Sequence[Conversation] = ()  # conversations to show the model's answers to
     labels: tuple[str, ...] = ()
     counts: np.ndarray | None = None  # texts of each label
 
 
-def open_lesson(
-    given: dict[str, Any],
-    job: FinetuneConfig,
-    base: Checkpoint,
-    machine: runtime.Machine,
-    reporter: Reporter,
-) -> Lesson:
+def open_finetune_data(
+    session: TrainingSession, config: FinetuneConfig, base: Checkpoint
+) -> FinetuneData:
     """Read, split and pack the data, whatever they are."""
-    T, limit = given.get("context_length"), base.config.context_length
+    T, limit = session.options.get("context_length"), base.config.context_length
+    name = session.options["init_from"]
     if T is not None and not 0 < T <= limit:
-        raise UserError(f"context_length={T}: {given['init_from']} has {limit} positions")
-    fields: dict[str, Any] = {name: given.get(name) for name in
-              ("text_field", "prompt_field", "completion_field", "label_field")}  # fmt: skip
-    prepared = len(given["data"]) == 1 and is_prepared(given["data"][0])
-    if prepared and job.format in ("auto", "text"):
-        examples = Examples("text")
-    else:
-        examples = read_examples(given["data"], format=job.format, **fields)
-    _check_options(given, job, examples.format)
-    keep = None
-    if job.keep is not None:
-        keep = _text(given | {"data": (job.keep,), "val": None}, base, machine, reporter)
-    if base.labels and examples.format != "labels":
-        raise UserError(f"{given['init_from']} is a classifier; it learns from labels alone")
-    if examples.format == "text":
-        lesson = _text_lesson(given, base, machine, reporter)
-    else:
-        train, val = _split(given, examples, fields)
-        make = _label_lesson if examples.format == "labels" else _chat_lesson
-        lesson = make(given, job, base, examples, train, val, T or limit)
-    if keep is not None:
-        if lesson.kind == "labels":
-            raise UserError("--keep watches a language model; a classifier is none any more")
-        lesson.data.keep = keep.val
-        lesson.data.fingerprint += f"+{keep.fingerprint}"
-        if job.replay:
-            lesson.data.train = Replay(lesson.data.train, keep.train, job.replay,
-                                       packed=lesson.data.packed)  # fmt: skip
-    return lesson
+        raise UserError(f"context_length={T}: {name} has {limit} positions")
+    return _Reader(session, config, base, name, T or limit).read()
 
 
-_FOR = {"conversations": ("template", "loss_on"), "labels": ("class_weights",)}
+@dataclass(frozen=True)
+class _Reader:
+    """Reads what the options of one finetuning name."""
 
+    session: TrainingSession
+    config: FinetuneConfig
+    base: Checkpoint
+    base_name: str
+    T: int  # tokens of a row
 
-def _check_options(given: dict[str, Any], job: FinetuneConfig, format: str) -> None:
-    """What the data can't follow is refused, lest somebody believes that it was done."""
-    kind = format if format in ("text", "labels") else "conversations"
-    for meant, names in _FOR.items():
-        for name in names:
-            if meant != kind and getattr(job, name) != getattr(FinetuneConfig, name):
-                raise UserError(f"{name} is for {meant}, and the data hold {kind}; leave it out")
-    if kind != "text" and given.get("max_tokens") is not None:
-        raise UserError(f"max_tokens is for text, and the data hold {kind}; leave it out")
+    @cached_property
+    def files(self) -> DataConfig:
+        """How the data are read; text is made into tokens by the base's tokenizer."""
+        return make_config(DataConfig, self.session.options)
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        return self.session.options["data"]
 
-def _text(
-    given: dict[str, Any], base: Checkpoint, machine: runtime.Machine, reporter: Reporter
-) -> Dataset:
-    """Text, prepared with the base's tokenizer; it is prepared once, into the cache."""
-    given = given | {"tokenizer": tokenizer_file(base.tokenizer)}
-    data = open_data(given, set(), machine, reporter)
-    adopt_tokenizer(data, base, given["init_from"])
-    return data
-
-
-def _text_lesson(
-    given: dict[str, Any], base: Checkpoint, machine: runtime.Machine, reporter: Reporter
-) -> Lesson:
-    data = _text(given, base, machine, reporter)
-    assert isinstance(data.train, TokenFiles)
-    few = base.tokenizer.decode(data.train.read(0, min(len(data.train), 1 << 16)))
-    report = [
-        f"data: text, {len(data.train):,} tokens to learn from, {len(data.val):,} to judge by"
-    ]
-    if note := unknown_note(base.tokenizer, few):
-        report.append(f"note: {note}")
-    return Lesson(data, "text", report)
-
-
-def _split(given: dict[str, Any], examples: Examples, fields: dict[str, Any]) -> tuple[list, list]:
-    if given.get("val"):
-        val = read_examples([given["val"]], format=examples.format, **fields)
-        return examples.items, val.items
-    if len(examples.items) < 2:
-        raise UserError(f"{given['data'][0]}: one example is too few, since some are kept to judge "
-                        "by; add more, or name others with --val")  # fmt: skip
-    items: Any = examples.items  # all of one kind
-    return split_examples(items, given.get("val_fraction", 0.1))
-
-
-def _chat_lesson(
-    given: dict[str, Any],
-    job: FinetuneConfig,
-    base: Checkpoint,
-    examples: Examples,
-    train: list,
-    val: list,
-    T: int,
-) -> Lesson:
-    chat = Chat(*choose_template(job.template, base))
-    rows, counted = encode_all(chat, train, T, job.loss_on)
-    val_rows, judged = encode_all(chat, val, T, job.loss_on)
-    for what, some in (("to learn from", rows), ("to judge by", val_rows)):
-        if not some:
-            raise UserError(f"{given['data'][0]}: no example {what} fits into {T} tokens and has "
-                            "words to learn; raise --context-length, or see --loss-on")  # fmt: skip
-    report = [
-        f"data: {examples.format}, {len(train):,} conversations, {counted.turns:,} turns, "
-        f"such as {chat.tokenizer.decode(rows[0][0].tolist())[:60]!r}",
-        f"      {counted.tokens:,} tokens, {counted.learned / max(1, counted.tokens):.0%} of them "
-        f"with loss; the longest has {counted.longest:,} of {T:,} that fit",
-        f"      {counted.cut:,} longer than that, cut between turns; {counted.left_out:,} "
-        f"exchanges left out, too long alone; nothing to learn in {counted.nothing_learned:,} "
-        f"conversations (and in {judged.nothing_learned:,} to judge by)",
-        f"      {_repeated(train, val)}",
-        *_left_out(examples),
-        *_unknown(chat.tokenizer, (turn.content for item in train for turn in item.turns)),
-    ]
-    data = _packed(given, rows, val_rows, T, chat.tokenizer)
-    return Lesson(data, "conversations", report, chat, val[:3])
-
-
-def _label_lesson(
-    given: dict[str, Any],
-    job: FinetuneConfig,
-    base: Checkpoint,
-    examples: Examples,
-    train: list[Labelled],
-    val: list[Labelled],
-    T: int,
-) -> Lesson:
-    tokenizer = base.tokenizer
-    if tokenizer.end_of_text is None:  # shorter texts of a batch are filled up with it
-        tokenizer = add_tokens(tokenizer, [END_OF_TEXT])
-    labels = base.labels or tuple(sorted({item.label for item in train}))
-    if len(labels) < 2:
-        raise UserError(f"{given['data'][0]}: every text has the label {train[0].label!r}; "
-                        "classes are two or more")  # fmt: skip
-    index = {label: number for number, label in enumerate(labels)}
-    for item in [*train, *val]:
-        if item.label not in index:
-            raise UserError(f"{item.where}: the label {item.label!r} is none of those to learn: "
-                            f"{', '.join(map(repr, labels[:10]))}")  # fmt: skip
-
-    n_cut: list[int] = []  # texts to learn from, and to judge by
-
-    def rows(items: list[Labelled]) -> list[tuple[np.ndarray, np.ndarray]]:
-        found, lengths = [], []
-        for item in items:
-            ids = encode_text(tokenizer, item.text)
-            lengths.append(len(ids))
-            if kept := ids[:T]:  # without a character that the model knows there is none
-                targets = np.append(np.full(len(kept) - 1, IGNORE), index[item.label])
-                found.append((np.array(kept), targets))
-        n_cut.append(sum(length > T for length in lengths))
+    def read(self) -> FinetuneData:
+        config = self.config
+        prepared = len(self.names) == 1 and is_prepared(self.names[0])
+        if prepared and config.format in ("auto", "text"):
+            examples = Examples("text")
+        else:
+            examples = self.examples(self.names)
+        self.check_options(examples)
+        keep = None
+        if config.keep is not None:
+            keep = self.open_text((config.keep,), dataclasses.replace(self.files, val=None))
+        if self.base.labels and examples.format != "labels":
+            raise UserError(f"{self.base_name} is a classifier; it learns from labels alone")
+        if examples.format == "text":
+            found = self.text()
+        elif examples.format == "labels":
+            found = self.labels(examples)
+        else:
+            found = self.conversations(examples)
+        if keep is not None:
+            if found.kind == "labels":
+                raise UserError("--keep is for a model that writes text; a classifier writes none")
+            data = found.data
+            data.keep = keep.val
+            data.fingerprint += f"+{keep.fingerprint}"
+            if config.replay:
+                data.train = Replay(data.train, keep.train, config.replay, packed=data.packed)
         return found
 
-    train_rows, val_rows = rows(train), rows(val)
-    if not train_rows or not val_rows:
-        raise UserError(f"{given['data'][0]}: there is no text in it")
-    counts = np.bincount([row[1][-1] for row in train_rows], minlength=len(labels))
-    longest = max(len(ids) for ids, _ in train_rows)
-    shown = ", ".join(f"{label} {n:,}" for label, n in zip(labels[:10], counts, strict=False))
-    report = [
-        f"data: {len(train_rows):,} texts with {len(labels)} labels: {shown}",
-        f"      {sum(len(ids) for ids, _ in train_rows):,} tokens; the longest has {longest:,} of "
-        f"{T:,} that fit; {n_cut[0]:,} longer than that are cut (and {n_cut[1]:,} to judge by)",
-        f"      {_repeated(train, val)}",
-        *_left_out(examples),
-        *_unknown(tokenizer, (item.text for item in train)),
-    ]
-    data = _packed(given, train_rows, val_rows, T, tokenizer)
-    return Lesson(data, "labels", report, labels=labels, counts=counts)
+    def examples(self, names: Sequence[str], format: ExampleFormat | None = None) -> Examples:
+        config = self.config
+        return read_examples(
+            names,
+            format=format or config.format,
+            text_field=self.files.text_field,
+            prompt_field=config.prompt_field,
+            completion_field=config.completion_field,
+            label_field=config.label_field,
+        )
+
+    def check_options(self, examples: Examples) -> None:
+        """What the data can't follow is refused, so that nobody believes that it was done."""
+        kind = examples.format if examples.format in ("text", "labels") else "conversations"
+        for meant, names in _OPTIONS_FOR.items():
+            for name in names:
+                if meant != kind and getattr(self.config, name) != getattr(FinetuneConfig, name):
+                    raise UserError(
+                        f"{name} is for {meant}, and the data hold {kind}; leave it out"
+                    )
+        if kind != "text" and self.files.max_tokens is not None:
+            raise UserError(f"max_tokens is for text, and the data hold {kind}; leave it out")
+
+    # -- text --
+
+    def open_text(self, names: Sequence[str], config: DataConfig) -> Dataset:
+        """Text as tokens of the base; it is prepared once, into the cache."""
+        config = dataclasses.replace(config, tokenizer=tokenizer_file(self.base.tokenizer))
+        session = self.session
+        data = open_data(names, config, machine=session.machine, reporter=session.reporter)
+        adopt_tokenizer(data, self.base, self.base_name)
+        return data
+
+    def text(self) -> FinetuneData:
+        data = self.open_text(self.names, self.files)
+        assert isinstance(data.train, TokenFiles)
+        few = self.base.tokenizer.decode(data.train.read(0, min(len(data.train), 1 << 16)))
+        report = [
+            f"data: text, {len(data.train):,} tokens to learn from, {len(data.val):,} to judge by"
+        ]
+        if note := unknown_note(self.base.tokenizer, few):
+            report.append(f"note: {note}")
+        return FinetuneData(data, "text", report)
+
+    # -- examples --
+
+    def check_number(self, examples: Examples) -> None:
+        if len(examples.items) < 2:
+            raise UserError(
+                f"{self.names[0]}: one example is too few, since some are kept to judge by; "
+                "add more, or name others with --val"
+            )
+
+    def conversations(self, examples: Examples) -> FinetuneData:
+        T, train = self.T, examples.conversations
+        if self.files.val:
+            val = self.examples([self.files.val], examples.format).conversations
+        else:
+            self.check_number(examples)
+            train, val = split_examples(train, self.files.val_fraction)
+        chat = Chat(*choose_template(self.config.template, self.base))
+        rows, counted = encode_all(chat, train, T, self.config.loss_on)
+        val_rows, judged = encode_all(chat, val, T, self.config.loss_on)
+        for what, some in (("to learn from", rows), ("to judge by", val_rows)):
+            if not some:
+                raise UserError(
+                    f"{self.names[0]}: no example {what} fits into {T} tokens and has words to "
+                    "learn; raise --context-length, or see --loss-on"
+                )
+        report = [
+            f"data: {examples.format}, {len(train):,} conversations, {counted.turns:,} turns, "
+            f"such as {chat.tokenizer.decode(rows[0][0].tolist())[:60]!r}",
+            f"      {counted.tokens:,} tokens, {counted.learned / max(1, counted.tokens):.0%} of "
+            f"them with loss; the longest has {counted.longest:,} of {T:,} that fit",
+            f"      {counted.cut:,} longer than that, cut between turns; {counted.left_out:,} "
+            f"exchanges left out, too long alone; nothing to learn in {counted.nothing_learned:,} "
+            f"conversations (and in {judged.nothing_learned:,} to judge by)",
+            f"      {_repeated(train, val)}",
+            *_left_out(examples),
+            *_unknown(chat.tokenizer, (turn.content for item in train for turn in item.turns)),
+        ]
+        data = self.packed(rows, val_rows, chat.tokenizer)
+        return FinetuneData(data, "conversations", report, chat, val[:3])
+
+    def labels(self, examples: Examples) -> FinetuneData:
+        train = examples.labelled
+        if self.files.val:
+            val = self.examples([self.files.val], "labels").labelled
+        else:
+            self.check_number(examples)
+            train, val = split_examples(train, self.files.val_fraction)
+        tokenizer, T = self.base.tokenizer, self.T
+        if tokenizer.end_of_text is None:  # shorter texts of a batch are filled up with it
+            tokenizer = add_tokens(tokenizer, [END_OF_TEXT])
+        labels = self.base.labels or tuple(sorted({item.label for item in train}))
+        if len(labels) < 2:
+            raise UserError(
+                f"{self.names[0]}: every text has the label {train[0].label!r}; "
+                "classes are two or more"
+            )
+        index = {label: number for number, label in enumerate(labels)}
+        for item in [*train, *val]:
+            if item.label not in index:
+                raise UserError(
+                    f"{item.where}: the label {item.label!r} is none of those to learn: "
+                    f"{', '.join(map(repr, labels[:10]))}"
+                )
+        rows, n_cut = _label_rows(train, tokenizer, index, T)
+        val_rows, n_val_cut = _label_rows(val, tokenizer, index, T)
+        if not rows or not val_rows:
+            raise UserError(f"{self.names[0]}: there is no text in it")
+        counts = np.bincount([targets[-1] for _, targets in rows], minlength=len(labels))
+        longest = max(len(tokens) for tokens, _ in rows)
+        shown = ", ".join(f"{label} {n:,}" for label, n in zip(labels[:10], counts, strict=False))
+        report = [
+            f"data: {len(rows):,} texts with {len(labels)} labels: {shown}",
+            f"      {sum(len(tokens) for tokens, _ in rows):,} tokens; the longest has "
+            f"{longest:,} of {T:,} that fit; {n_cut:,} longer than that are cut (and "
+            f"{n_val_cut:,} to judge by)",
+            f"      {_repeated(train, val)}",
+            *_left_out(examples),
+            *_unknown(tokenizer, (item.text for item in train)),
+        ]
+        data = self.packed(rows, val_rows, tokenizer)
+        return FinetuneData(data, "labels", report, labels=labels, counts=counts)
+
+    def packed(self, train: list[Row], val: list[Row], tokenizer: Tokenizer) -> Dataset:
+        digest, name = hashlib.sha256(), self.names[0]
+        for tokens, targets in (*train, *val):
+            digest.update(tokens.astype("<i8").tobytes() + targets.astype("<i8").tobytes())
+        rows, val_rows = PackedRows(train, self.T), PackedRows(val, self.T)
+        fingerprint = digest.hexdigest()[:16]
+        return Dataset(Path(name), rows, val_rows, tokenizer, fingerprint, name, packed=True)
 
 
-def _packed(given: dict[str, Any], train: list, val: list, T: int, tokenizer: Tokenizer) -> Dataset:
-    digest = hashlib.sha256()
-    for tokens, targets in (*train, *val):
-        digest.update(tokens.astype("<i8").tobytes() + targets.astype("<i8").tobytes())
-    name, rows, val_rows = digest.hexdigest()[:16], PackedRows(train, T), PackedRows(val, T)
-    return Dataset(Path(given["data"][0]), rows, val_rows, tokenizer, name, given["data"][0],
-                   packed=True)  # fmt: skip
+_OPTIONS_FOR = {"conversations": ("template", "loss_on"), "labels": ("class_weights",)}
+
+
+def _label_rows(
+    items: Sequence[Labelled], tokenizer: Tokenizer, index: dict[str, int], T: int
+) -> tuple[list[Row], int]:
+    """Each text with its class as the last target; and how many texts are cut to T tokens."""
+    rows, n_cut = [], 0
+    for item in items:
+        ids = encode_text(tokenizer, item.text)
+        n_cut += len(ids) > T
+        if kept := ids[:T]:  # none where the tokenizer knows no character of the text
+            targets = [IGNORE] * (len(kept) - 1) + [index[item.label]]
+            rows.append((np.array(kept), np.array(targets)))
+    return rows, n_cut
 
 
 def _left_out(examples: Examples) -> list[str]:
@@ -248,7 +279,7 @@ def _unknown(tokenizer: Tokenizer, texts: Iterable[str]) -> list[str]:
     return [f"note: {note}"] if note else []
 
 
-def _repeated(train: list, val: list) -> str:
+def _repeated(train: list[Example_], val: list[Example_]) -> str:
     both = overlap(train, val)
     return (
         f"{duplicates(train):,} duplicates; of {len(val):,} to judge by {both:,} are also learned"

@@ -15,9 +15,8 @@ This room knows model.py's blocks, and no optimizer, loss or file.
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -48,8 +47,9 @@ class LoRA:
         """What the options say; `lora_rank` must be set."""
         assert config.lora_rank is not None
         alpha = config.lora_alpha or 2.0 * config.lora_rank
-        return cls(config.lora_rank, alpha, config.lora_targets, config.lora_dropout,
-                   config.base_weights)  # fmt: skip
+        return cls(
+            config.lora_rank, alpha, config.lora_targets, config.lora_dropout, config.base_weights
+        )
 
 
 # -- one matrix ----------------------------------------------------------------------------------
@@ -114,11 +114,11 @@ class AdaptedLinear(nn.Module):
         for a in self.a:  # as PEFT: uniform, up to 1 / sqrt(in)
             nn.init.kaiming_uniform_(a, a=math.sqrt(5))
         self.factor, self.dropout = lora.alpha / lora.rank, lora.dropout
-        self.is_merged, self.training = False, plain.training
+        self.training = plain.training
 
     def pairs(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
-        """What the product with `weight` still lacks."""
-        return [] if self.is_merged else list(zip(self.a, self.b, strict=True))
+        """A (r, in) and B (rows, r) of each stack; none where there is no correction."""
+        return list(zip(self.a, self.b, strict=True))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (..., in) -> (..., out)"""
@@ -172,10 +172,6 @@ def _stacks(config: ModelConfig, name: str, rows: int) -> tuple[int, ...]:
     return q, kv, kv
 
 
-def _adapted(model: GPT) -> dict[str, AdaptedLinear]:
-    return {n: m for n, m in model.named_modules() if isinstance(m, AdaptedLinear)}
-
-
 def merged_weights(model: GPT) -> Mapping[str, np.ndarray]:
     """The weights of a plain model that computes the same, by the names of config.weight_shapes.
 
@@ -194,49 +190,12 @@ def merged_weights(model: GPT) -> Mapping[str, np.ndarray]:
     return Lazy({name: partial(make, name) for name in model.config.weight_shapes})
 
 
-@contextlib.contextmanager
-def merged(model: GPT) -> Iterator[None]:
-    """Inside, corrections are part of the matrices: one product each, as fast as a plain model.
-
-    For evaluations and samples. Takes memory for the blocks' matrices once more, in float32:
-    the frozen ones are kept aside and are back, bit for bit, on leaving.
-    """
-    kept = [(module, module.weight, module.scale) for module in _adapted(model).values()]
-    kept = [entry for entry in kept if not entry[0].is_merged]
-    try:
-        for module, _, _ in kept:
-            dense = nn.Parameter(module.dense(), requires_grad=False)
-            module.weight, module.scale, module.is_merged = dense, None, True
-        yield
-    finally:
-        for module, weight, scale in kept:
-            module.weight, module.scale, module.is_merged = weight, scale, False
-
-
-# -- resuming ------------------------------------------------------------------------------------
-
-
-def _pairs(model: GPT) -> dict[str, nn.Parameter]:
-    """ "blocks.0.attn.qkv.a.0" and so on -> what is learned"""
+def adapter_tensors(model: GPT) -> dict[str, np.ndarray]:
+    """Copies of what is learned: blocks.0.attn.qkv.a.0 (r, in), blocks.0.attn.qkv.b.0 (rows, r)."""
     return {
-        f"{path}.{name}": parameter
-        for path, module in _adapted(model).items()
+        f"{path}.{name}": parameter.detach().cpu().numpy().copy()
+        for path, module in model.named_modules()
+        if isinstance(module, AdaptedLinear)
         for name, parameter in module.named_parameters()
         if name.startswith(("a.", "b."))
     }
-
-
-def adapter_tensors(model: GPT) -> dict[str, np.ndarray]:
-    """Copies of what is learned: blocks.0.attn.qkv.a.0 (r, in), blocks.0.attn.qkv.b.0 (rows, r)."""
-    return {name: p.detach().cpu().numpy().copy() for name, p in _pairs(model).items()}
-
-
-@torch.no_grad()
-def load_adapter(model: GPT, tensors: Mapping[str, np.ndarray]) -> None:
-    """Set what is learned to what `adapter_tensors` gave; raises `UserError` where it can't."""
-    for name, parameter in _pairs(model).items():
-        found = tensors[name].shape if name in tensors else None
-        if found != tuple(parameter.shape):
-            raise UserError(f"{name} of the adapter has shape {found}, not {tuple(parameter.shape)}"
-                            ": it was made with another lora_rank or lora_targets")  # fmt: skip
-        parameter.copy_(torch.from_numpy(np.array(tensors[name])))
