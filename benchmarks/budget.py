@@ -43,7 +43,7 @@ from train_cpu import (
 )
 
 from glassgpt.data.batches import TokenFiles, load_data
-from glassgpt.values import seconds_of
+from glassgpt.system import seconds_of
 
 RESULTS = Path(__file__).parent / "results" / "budget.json"
 # Layers, width, context: around what the rule would choose. Up to a minute the first eight, then

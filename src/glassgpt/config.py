@@ -1,21 +1,26 @@
 """What a model is and how it is trained and sampled: frozen dataclasses that check their values.
 
-Every option of the command line is a field below; its help text stands beside it.
+Every option of the command line is a field below, with its help text.
 
     ModelConfig.from_shape("modern", vocab_size=65, n_layer=4).n_parameters
 
-This room does arithmetic; it knows no tensor, no tokenizer, no file and no device.
+This module only does arithmetic; it knows no tensor, tokenizer, file or device.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
+import os
+import types
+import typing
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from glassgpt.errors import UserError, nearest
-from glassgpt.values import bytes_of, check_seed, check_types, seconds_of
+from glassgpt.system import bytes_of, seconds_of
 
 Shape = Literal["gpt2", "modern"]
 Norm = Literal["layernorm", "rmsnorm"]
@@ -30,9 +35,9 @@ ExampleFormat = Literal[
     "auto", "text", "messages", "sharegpt", "alpaca", "prompt", "dialogue", "labels"
 ]
 LORA_TARGETS = ("qkv", "out", "gate", "up", "down")  # matrices of a block, by model.py's names
-ENDLESS = 1 << 40  # steps: the clock of a budget says when it is over
+ENDLESS = 1 << 40  # max_steps of a run with a budget: time ends it, not a number of steps
 MOST_THREADS = 1024  # torch crashes on numbers that no machine has
-CHAT_TEMPERATURE = 0.7  # answers are to be right more than to surprise
+CHAT_TEMPERATURE = 0.7  # an answer should be right rather than surprising
 DEVICES = ("auto", "cpu", "cuda", "mps")
 _MOST_SAMPLES = 100_000
 
@@ -48,6 +53,61 @@ _SHAPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 # A size that a laptop trains in minutes; anything larger is asked for by name or preset.
 _SIZE = dict(context_length=128, n_layer=4, n_head=4, n_embd=128)
+
+
+def check_types(config: Any) -> None:
+    """Every field must hold what its annotation says; numbers and paths are converted to it."""
+    for name, hint in typing.get_type_hints(type(config), include_extras=True).items():
+        object.__setattr__(config, name, check_value(name, getattr(config, name), hint))
+
+
+def _check(config: object, names: str, is_right: Callable[[Any], bool], rule: str) -> None:
+    """The fields `names` that are not None must be right; `rule` says in words how."""
+    for name in names.split():
+        value = getattr(config, name)
+        if value is not None and not is_right(value):
+            raise UserError(f"{name}={value} {rule}")
+
+
+def _is_share(value: float) -> bool:
+    return 0 <= value < 1
+
+
+_SEED = "must be at least 0 and less than 2^63"
+_FROM_ONE = "must be at least 1"
+_POSITIVE = "must be greater than 0"
+
+
+def check_value(name: str, value: Any, hint: Any, where: str = "") -> Any:
+    """`value` as the annotation `hint` of the field `name` wants it; raises `UserError`."""
+    kind = typing.get_args(hint)[0]  # Annotated[kind, "help"]
+    if isinstance(kind, types.UnionType):
+        if value is None or value == "none":
+            return None
+        kind = next(part for part in typing.get_args(kind) if part is not type(None))
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    if typing.get_origin(kind) is Literal:
+        choices = typing.get_args(kind)
+        if value not in choices:
+            raise UserError(f"{name}={value!r}{where}: choose from {', '.join(choices)}")
+        return value
+    if typing.get_origin(kind) is tuple:  # of strings; one may stand alone
+        items = [value] if isinstance(value, str) else value
+        if isinstance(items, (list, tuple)) and all(isinstance(item, str) for item in items):
+            return tuple(items)
+        raise UserError(f"{name}={value!r}{where} must be text, or a list of texts")
+    if kind in (int, float) and isinstance(value, numbers.Integral) and value is not bool(value):
+        value = int(value)  # NumPy's, too
+        if abs(value) >= 1 << 63:
+            raise UserError(f"{name}{where} is too large")
+    if kind is float and isinstance(value, numbers.Real) and value is not bool(value):
+        value = float(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise UserError(f"{name}={value!r}{where} must be of type {kind.__name__}")
+    if kind is float and not math.isfinite(value):
+        raise UserError(f"{name}={value}{where} must be a finite number")
+    return value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,17 +196,14 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if isinstance(self.rope_scaling, dict):  # from JSON
             object.__setattr__(self, "rope_scaling", RopeScaling(**self.rope_scaling))
-        for name in ("vocab_size", "context_length", "n_head", "n_kv_head", "n_embd", "head_dim",
-                     "n_layer", "n_hidden"):  # fmt: skip
+        sizes = "vocab_size context_length n_layer n_head n_kv_head n_embd head_dim n_hidden"
+        for name in sizes.split():
             if type(getattr(self, name)) is not int:
                 raise UserError(f"{name}={getattr(self, name)!r} must be a whole number")
             if getattr(self, name) < (name != "n_layer"):
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1")
-        for name in ("rope_theta", "norm_eps"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise UserError(f"{name}={getattr(self, name)} must be greater than 0")
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"dropout={self.dropout} must be at least 0 and less than 1")
+        _check(self, "rope_theta norm_eps", lambda x: 0 < x < math.inf, _POSITIVE)
+        _check(self, "dropout", _is_share, "must be at least 0 and less than 1")
         if self.n_head % self.n_kv_head:
             raise UserError(
                 f"n_head={self.n_head} is not a multiple of n_kv_head={self.n_kv_head}; "
@@ -265,10 +322,8 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        if not 0 < self.val_fraction < 1:
-            raise UserError(f"val_fraction={self.val_fraction} must lie between 0 and 1")
-        if self.max_tokens is not None and self.max_tokens < 1:
-            raise UserError(f"max_tokens={self.max_tokens} must be at least 1")
+        _check(self, "val_fraction", lambda x: 0 < x < 1, "must lie between 0 and 1")
+        _check(self, "max_tokens", lambda n: n >= 1, _FROM_ONE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -341,32 +396,20 @@ class TrainConfig:
             if self.budget is None:
                 raise UserError("memory limits the model that a --budget chooses; without one, "
                                 "choose its size yourself")  # fmt: skip
-        for name in ("max_steps", "batch_tokens", "eval_interval", "log_interval"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
-        for name in ("micro_batch_size", "eval_batches", "patience", "checkpoint_interval",
-                     "decay_steps", "threads"):  # fmt: skip
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"{name}={value} must be at least 1 (leave it out for off)")
-        for name in ("warmup_steps", "sample_tokens", "weight_decay"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name}={getattr(self, name)} can't be negative")
-        check_seed(self.seed)
-        if self.threads is not None and self.threads > MOST_THREADS:
-            raise UserError(f"threads={self.threads} must be at most {MOST_THREADS}")
-        for name in ("learning_rate", "muon_learning_rate"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"{name}={getattr(self, name)} must be greater than 0")
-        lowest = self.min_learning_rate
-        if lowest is not None and not 0 <= lowest <= self.learning_rate:
-            raise UserError(f"min_learning_rate={lowest} must lie between 0 and learning_rate="
-                            f"{self.learning_rate}")  # fmt: skip
-        for name in ("beta1", "beta2", "muon_momentum"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)} must be in [0, 1)")
-        if self.grad_clip is not None and not self.grad_clip > 0:
-            raise UserError(f"grad_clip={self.grad_clip} must be greater than 0, or none")
+        counts = "max_steps batch_tokens eval_interval log_interval"
+        _check(self, counts, lambda n: n >= 1, _FROM_ONE)
+        optional = "micro_batch_size eval_batches patience checkpoint_interval decay_steps threads"
+        _check(self, optional, lambda n: n >= 1, f"{_FROM_ONE} (leave it out for off)")
+        amounts = "warmup_steps sample_tokens weight_decay"
+        _check(self, amounts, lambda x: x >= 0, "can't be negative")
+        _check(self, "seed", lambda n: 0 <= n < 1 << 63, _SEED)
+        _check(self, "threads", lambda n: n <= MOST_THREADS, f"must be at most {MOST_THREADS}")
+        _check(self, "learning_rate muon_learning_rate", lambda x: x > 0, _POSITIVE)
+        highest = self.learning_rate
+        rule = f"must lie between 0 and learning_rate={highest}"
+        _check(self, "min_learning_rate", lambda x: 0 <= x <= highest, rule)
+        _check(self, "beta1 beta2 muon_momentum", _is_share, "must be in [0, 1)")
+        _check(self, "grad_clip", lambda x: x > 0, f"{_POSITIVE}, or none")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -405,15 +448,11 @@ class FinetuneConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        if not self.epochs > 0:
-            raise UserError(f"epochs={self.epochs} must be greater than 0")
-        for name in ("replay", "lora_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)} must be at least 0 and less than 1")
+        _check(self, "epochs lora_alpha", lambda x: x > 0, _POSITIVE)
+        _check(self, "replay lora_dropout", _is_share, "must be at least 0 and less than 1")
         if self.replay and self.keep is None:
             raise UserError(f"replay={self.replay} needs --keep, the text to take it from")
-        if not 0 < self.layer_decay <= 1:
-            raise UserError(f"layer_decay={self.layer_decay} must be greater than 0, at most 1")
+        _check(self, "layer_decay", lambda x: 0 < x <= 1, f"{_POSITIVE}, at most 1")
         if self.lora_rank is None:
             for name in ("lora_alpha", "lora_targets", "lora_dropout"):
                 if getattr(self, name):
@@ -421,10 +460,7 @@ class FinetuneConfig:
             if self.base_weights != "float32":
                 raise UserError(f"base_weights={self.base_weights} needs --lora-rank: such weights "
                                 "can't be trained")  # fmt: skip
-        elif self.lora_rank < 1:
-            raise UserError(f"lora_rank={self.lora_rank} must be at least 1")
-        if self.lora_alpha is not None and not self.lora_alpha > 0:
-            raise UserError(f"lora_alpha={self.lora_alpha} must be greater than 0")
+        _check(self, "lora_rank", lambda n: n >= 1, _FROM_ONE)
         if wrong := sorted(set(self.lora_targets) - set(LORA_TARGETS)):
             raise UserError(f"lora_targets={wrong[0]}: choose from {', '.join(LORA_TARGETS)}")
 
@@ -449,20 +485,13 @@ class Sampling:
 
     def __post_init__(self) -> None:
         check_types(self)
-        if self.max_new_tokens < 0:
-            raise UserError(f"max_new_tokens={self.max_new_tokens} can't be negative")
-        if not 1 <= self.num_samples <= _MOST_SAMPLES:
-            raise UserError(f"num_samples={self.num_samples} must be 1 to {_MOST_SAMPLES:,}")
-        check_seed(self.seed)
-        if not self.temperature >= 0:
-            raise UserError(f"temperature={self.temperature} must be 0 or greater")
-        if self.top_k is not None and self.top_k < 1:
-            raise UserError(f"top_k={self.top_k} must be at least 1")
-        for name in ("top_p", "min_p"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value <= 1:
-                raise UserError(f"{name}={value} must be greater than 0 and at most 1")
-        if self.repetition_penalty is not None and not 1e-9 <= self.repetition_penalty <= 1e9:
-            raise UserError(f"repetition_penalty={self.repetition_penalty} must be 1e-9 to 1e9")
+        _check(self, "max_new_tokens", lambda n: n >= 0, "can't be negative")
+        samples = f"must be 1 to {_MOST_SAMPLES:,}"
+        _check(self, "num_samples", lambda n: 1 <= n <= _MOST_SAMPLES, samples)
+        _check(self, "seed", lambda n: 0 <= n < 1 << 63, _SEED)
+        _check(self, "temperature", lambda x: x >= 0, "must be 0 or greater")
+        _check(self, "top_k", lambda n: n >= 1, _FROM_ONE)
+        _check(self, "top_p min_p", lambda x: 0 < x <= 1, f"{_POSITIVE} and at most 1")
+        _check(self, "repetition_penalty", lambda x: 1e-9 <= x <= 1e9, "must be 1e-9 to 1e9")
         if "" in self.stop:
             raise UserError("a stop string can't be empty")

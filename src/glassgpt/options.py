@@ -14,9 +14,8 @@ import typing
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from glassgpt.config import DataConfig, FinetuneConfig, ModelConfig, Shape, TrainConfig
+from glassgpt.config import DataConfig, FinetuneConfig, ModelConfig, Shape, TrainConfig, check_value
 from glassgpt.errors import UserError, explain_os_errors, nearest
-from glassgpt.values import check_value
 
 Options = dict[str, Any]  # name of a field -> value; of what type, option_types says
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import os
 import re
 import signal
@@ -396,3 +397,27 @@ def peak_memory() -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+# ---- time and memory in words ------------------------------------------------------------------
+
+
+_UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+
+
+def seconds_of(duration: str) -> float:
+    """90s, 5m, 1h30m, 2d -> seconds; a number alone is seconds. Raises `UserError`."""
+    wanted = duration.replace(" ", "").lower()
+    parts = re.findall(r"(\d+(?:\.\d+)?)([smhd]?)", wanted)
+    seconds = sum(float(number) * _UNITS[unit or "s"] for number, unit in parts)
+    if "".join(number + unit for number, unit in parts) != wanted or not 0 < seconds < math.inf:
+        raise UserError(f"{duration!r} is no duration; write 30s, 5m or 1h30m")
+    return seconds
+
+
+def bytes_of(size: str) -> int:
+    """800MB, 8GB, 1.5GB -> bytes (a MB is 10^6, a GB 10^9). Raises `UserError`."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([mgt])b?", size.strip().lower())
+    if found is None or not 0 < float(found[1]) < 1e30:
+        raise UserError(f"{size!r} is no amount of memory; write 800MB or 8GB")
+    return int(float(found[1]) * {"m": 1e6, "g": 1e9, "t": 1e12}[found[2]])

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from glassgpt.config import ModelConfig, TrainConfig
 from glassgpt.errors import UserError
 from glassgpt.options import names_of
+from glassgpt.system import bytes_of, seconds_of
 from glassgpt.training.planning.budget import (
     CHARACTERS,
     LADDER,
@@ -24,7 +25,6 @@ from glassgpt.training.planning.budget import (
     expected_loss,
     training_options,
 )
-from glassgpt.values import bytes_of, seconds_of
 
 BOOK = Text(tokens=1_000_000, vocab_size=65, bits_per_token=2.7)
 SHORT = Text(tokens=5_000, vocab_size=65, bits_per_token=2.7)

@@ -16,7 +16,7 @@ import time
 from collections import deque
 
 from glassgpt.config import TrainConfig
-from glassgpt.values import seconds_of
+from glassgpt.system import seconds_of
 
 _FINISHING = 1.5  # seconds for the curve, the sample, the report and the end of the process
 _SAFETY = 1.15  # evaluations vary

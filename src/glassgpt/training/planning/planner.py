@@ -32,7 +32,7 @@ from glassgpt.options import names_of, resolve_options, split_options
 from glassgpt.reporting.run_log import Expectation
 from glassgpt.reporting.terminal import format_seconds
 from glassgpt.runtime import Card, find_card
-from glassgpt.system import SILENT, Reporter, free_memory, peak_memory
+from glassgpt.system import SILENT, Reporter, bytes_of, free_memory, peak_memory, seconds_of
 from glassgpt.training.fused.step import can_fuse, multiplies_bfloat16
 from glassgpt.training.optimizers import Optimizer, make_optimizers
 from glassgpt.training.planning import budget
@@ -45,7 +45,6 @@ from glassgpt.training.planning.costs import (
     seconds,
 )
 from glassgpt.training.step import Passes
-from glassgpt.values import bytes_of, seconds_of
 
 # Of a card's arithmetic, where nobody says: nanoGPT's four days for GPT-2 on 8 A100 are 29 %.
 USUAL_MFU = 0.3
