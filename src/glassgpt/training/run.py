@@ -37,8 +37,7 @@ from glassgpt.data.prepare import data_key, prepare
 from glassgpt.errors import UserError, explain_os_errors
 from glassgpt.model import GPT, crop_positions, load_weights
 from glassgpt.options import Options, make_config, names_of, resolve_options
-from glassgpt.reporting.run_log import Expectation
-from glassgpt.reporting.run_log import require_loggers
+from glassgpt.reporting.run_log import Expectation, require_loggers
 from glassgpt.reporting.terminal import program
 from glassgpt.system import SILENT, Reporter, cache_dir
 from glassgpt.training.loop import Trainer, TrainResult
