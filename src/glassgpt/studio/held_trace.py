@@ -66,7 +66,10 @@ class HeldTrace(Trace):
         return sum(one.nbytes for one in (*tensors, self.maps, self.last_logits))
 
     def shape(self, name: str) -> list[int]:
-        """Without the batch."""
+        """Without the batch. Raises `MissingError` for a name that this model does not have."""
+        if name not in self.symbols:
+            hint = nearest(name, self.symbols)
+            raise MissingError(f"this model has no activation {name!r}.{hint}")
         size = sizes(self.config, self.n_tokens)
         return [size[letter] for letter in self.symbols[name]]
 
@@ -82,23 +85,8 @@ class HeldTrace(Trace):
         found = self._block[layer].get(name)
         return super().tensor(name) if found is None else found
 
-    def check(self, name: str, head: int | None = None) -> None:
-        """Raises `MissingError` for a name or a head that this model does not have."""
-        if name not in self.symbols:
-            hint = nearest(name, self.symbols)
-            raise MissingError(f"this model has no activation {name!r}.{hint}")
-        letters = self.symbols[name]
-        if len(letters) == 3:
-            there = sizes(self.config, 1)[letters[0]]
-            if head is None or not 0 <= head < there:
-                raise MissingError(f"{name}: head={head}; it has heads 0 to {there - 1}")
-        elif head is not None:
-            raise MissingError(f"{name} has no heads")
-
     def check_cell(self, name: str, index: Sequence[int]) -> tuple[int, ...]:
-        """`index` as a tuple; raises `MissingError` for a cell that it does not have."""
-        if name not in self.symbols:
-            self.check(name)
+        """`index` as a tuple; raises `MissingError` for a cell that this model does not have."""
         shape = self.shape(name)
         within = (0 <= i < n for i, n in zip(index, shape, strict=False))
         if len(index) != len(shape) or not all(within):
@@ -107,7 +95,12 @@ class HeldTrace(Trace):
 
     def read(self, name: str, head: int | None = None, rows: slice = slice(None)) -> torch.Tensor:
         """An activation as float32 on the CPU, (T, ...); `head` is for those that have heads."""
-        self.check(name, head)
+        shape = self.shape(name)
+        n_heads = shape[0] if len(shape) == 3 else 0
+        if n_heads and (head is None or not 0 <= head < n_heads):
+            raise MissingError(f"{name}: head={head}; it has heads 0 to {n_heads - 1}")
+        if head is not None and not n_heads:
+            raise MissingError(f"{name} has no heads")
         layer, short = split_name(name)
         if name == "loss":
             return torch.from_numpy(self.surprise()[0])[rows]

@@ -57,7 +57,7 @@ class DistributionRequest(Filters):
 @dataclass(frozen=True)
 class SampleRequest(Which, Filters):
     prompt: list[int] = field(default_factory=list)
-    new: list[int] = field(default_factory=list)  # tokens that were drawn after the prompt before
+    new: list[int] = field(default_factory=list)  # tokens that were already drawn after the prompt
     n: int = 1
     seed: int = 1337
     sample: int = 0

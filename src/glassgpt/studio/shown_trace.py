@@ -24,7 +24,7 @@ from glassgpt.interpret.operations import Edit
 from glassgpt.studio.held_trace import HeldTrace, MissingError, as_batch
 from glassgpt.studio.requests import DistributionRequest
 from glassgpt.studio.sampling import Distribution, distribution, sampling_of
-from glassgpt.studio.token_display import ShownToken, bytes_of, likeliest, text_of
+from glassgpt.studio.token_display import ShownToken, likeliest, shown_bytes, text_of
 
 _MOST_POSITIONS = 128  # of the lens in one answer: each has a whole vocabulary, L + 1 times
 
@@ -197,7 +197,7 @@ class ShownTrace(HeldTrace):
 
     def loss(self) -> LossAnswer:
         losses, ranks, entropies = self.surprise()
-        n_bytes = sum(len(bytes_of(self.tokenizer, i)) for i in self.tokens[0, 1:].tolist())
+        n_bytes = sum(len(shown_bytes(self.tokenizer, i)) for i in self.tokens[0, 1:].tolist())
         return LossAnswer(
             [None, *losses.tolist()],
             [None, *map(int, ranks)],

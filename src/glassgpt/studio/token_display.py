@@ -39,16 +39,16 @@ class NextTokens:
 
 
 def show_token(tokenizer: Tokenizer, token: int) -> TokenOfText:
-    content = list(bytes_of(tokenizer, token))
+    content = list(shown_bytes(tokenizer, token))
     special = token in tokenizer.special.values()
     return TokenOfText(token, text_of(tokenizer, token), content, special)
 
 
 def text_of(tokenizer: Tokenizer, token: int) -> str:
-    return bytes_of(tokenizer, token).decode("utf-8", "replace")
+    return shown_bytes(tokenizer, token).decode("utf-8", "replace")
 
 
-def bytes_of(tokenizer: Tokenizer, token: int) -> bytes:
+def shown_bytes(tokenizer: Tokenizer, token: int) -> bytes:
     """b"" for the ids that only pad the vocabulary."""
     return tokenizer.token_bytes(token) if token < tokenizer.vocab_size else b""
 
