@@ -27,7 +27,6 @@ import numpy as np
 from glassgpt.config import ModelConfig
 from glassgpt.options import split_options
 from glassgpt.reporting.terminal import aligned
-from glassgpt.training.planning.costs import Memory, memory, way
 
 RESULTS = Path(__file__).parent / "results" / "memory.json"
 CASES: dict[str, dict[str, Any]] = {
@@ -68,11 +67,14 @@ def main() -> None:
 
 def compared(case: dict[str, Any]) -> dict[str, Any]:
     """Measured and estimated peak of one case, in MB."""
+    from glassgpt import runtime
+    from glassgpt.training.planning.costs import memory
+    from glassgpt.training.step import StepPlan
+
     found = measured(case)
     model, train = configs(case)
-    place: dict[str, Any] = {"device": "cpu", "threads": case["threads"]}
-    place |= {"kernels": found["kernels"], "bfloat16": found["bfloat16"]}
-    expected, how = memory(model, train, **place), way(model, train, **place)
+    how = StepPlan.decide(model, train, runtime.start(dataclasses.replace(train, device="cpu")))
+    expected = memory(model, train, how)
     total = found["baseline"] + expected.total
     return {
         "options": case,
@@ -86,7 +88,7 @@ def compared(case: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def in_megabytes(need: Memory) -> dict[str, int]:
+def in_megabytes(need: Any) -> dict[str, int]:
     return {name: round(value / 1e6) for name, value in dataclasses.asdict(need).items()}
 
 
@@ -98,7 +100,7 @@ def configs(case: dict[str, Any]) -> tuple[ModelConfig, Any]:
 
 
 def measured(case: dict[str, Any]) -> dict[str, Any]:
-    """In a process of its own: {"baseline": bytes, "peak": bytes, "kernels", "bfloat16"}."""
+    """In a process of its own: {"baseline": bytes, "peak": bytes}."""
     command = [sys.executable, __file__, "--case", json.dumps(case)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -121,11 +123,7 @@ def measured_here(case: dict[str, Any]) -> dict[str, Any]:
         train(str(data), out=str(Path(work) / "run"), device="cpu", max_steps=3, eval_interval=3,
               sample_tokens=8, **options)  # fmt: skip
         peak = peak_memory()
-    from glassgpt.training.fused.step import can_fuse, multiplies_bfloat16
-
-    known = ModelConfig.from_shape("modern", vocab_size=8)
-    return {"baseline": baseline, "peak": peak, "kernels": can_fuse(known),
-            "bfloat16": multiplies_bfloat16()}  # fmt: skip
+    return {"baseline": baseline, "peak": peak}
 
 
 def write_data(folder: Path, vocab_size: int, context_length: int) -> None:

@@ -71,7 +71,7 @@ def shape_of(n_layer: int, n_embd: int, context: int) -> ModelConfig:
 
 def train(data: Path, key: tuple[str, float, str], model: ModelConfig) -> str:
     shape, millions, text = key
-    about = budget.Text(1_000_000, 65, 2.4)
+    about = budget.TextStatistics(1_000_000, 65, 2.4)
     options = budget.training_options(model, millions * 1e6, about)
     steps = round(millions * 1e6 / options["batch_tokens"])
     options |= dict(max_steps=steps, n_layer=model.n_layer, n_embd=model.n_embd,
@@ -106,7 +106,7 @@ def fit() -> None:
             best, least = law, error
     assert best is not None
     print(best, f"root mean square error {least:.4f} nats")
-    text = budget.Text(1_003_854, 65, 2.4)
+    text = budget.TextStatistics(1_003_854, 65, 2.4)
     for row in found:
         expected = best(row["parameters"], row["millions"] * 1e6, text, 1.0)
         print(f"{row['shape']:>20} {row['millions']:5.2f} M  measured {row['val_loss']:.4f}  "

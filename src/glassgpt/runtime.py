@@ -10,7 +10,8 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
@@ -181,6 +182,41 @@ def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
     if device.type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
+
+
+class Workers:
+    """Calls functions in this thread, or in `n` others.
+
+    torch uses several cores by splitting every operation, with a barrier behind each: in a small
+    model that is thousands of barriers a second, and when another program takes a core for a moment
+    all wait for it. Rows are independent until their gradients are added, so a thread for each
+    share of the rows meets the others once a step. Measured in docs/LOG.md.
+    """
+
+    def __init__(self, n: int = 1) -> None:
+        self.n = n
+        self._pool: ThreadPoolExecutor | None = None
+        if n > 1:
+            # One thread per operation, in the workers and here.
+            self._pool = ThreadPoolExecutor(n, initializer=torch.set_num_threads, initargs=(1,))
+            torch.set_num_threads(1)
+
+    def submit(self, function: Callable[..., T_], *arguments: Any) -> Future[T_]:
+        if self._pool is not None:
+            return self._pool.submit(function, *arguments)
+        done: Future[T_] = Future()
+        done.set_result(function(*arguments))
+        return done
+
+    def results(self, futures: Sequence[Future[T_]]) -> list[T_]:
+        """What the calls gave, in order; waits for all, even when one failed: none may still be at
+        work on its gradients."""
+        wait(futures)
+        return [future.result() for future in futures]
+
+    def close(self) -> None:
+        if self._pool is not None:
+            self._pool.shutdown()
 
 
 class StopRequest:

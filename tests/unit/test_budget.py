@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -18,17 +19,18 @@ from glassgpt.training.planning.budget import (
     CHARACTERS,
     LADDER,
     WEB_TEXT,
+    Choice,
     Law,
-    Text,
+    TextStatistics,
     candidates,
     choose,
     expected_loss,
     training_options,
 )
 
-BOOK = Text(tokens=1_000_000, vocab_size=65, bits_per_token=2.7)
-SHORT = Text(tokens=5_000, vocab_size=65, bits_per_token=2.7)
-WEB = Text(tokens=1 << 40, vocab_size=50257, bits_per_token=9.0)
+BOOK = TextStatistics(tokens=1_000_000, vocab_size=65, bits_per_token=2.7)
+SHORT = TextStatistics(tokens=5_000, vocab_size=65, bits_per_token=2.7)
+WEB = TextStatistics(tokens=1 << 40, vocab_size=50257, bits_per_token=9.0)
 TEXTS = (BOOK, SHORT, WEB)
 sizes = st.floats(1e3, 1e10)
 laws = st.sampled_from([CHARACTERS, WEB_TEXT])
@@ -129,7 +131,7 @@ def test_the_expectation_is_scaled_by_how_hard_the_text_is():
 
 
 def test_the_ladder_climbs():
-    shapes = candidates(65, {})
+    shapes = candidates(BOOK, {})
     assert len(shapes) == len(LADDER)
     costs = [model.flops_per_token() for model in shapes]
     assert costs == sorted(costs)
@@ -143,7 +145,7 @@ def test_the_ladder_climbs():
     {"shape": "gpt2", "n_embd": 99, "n_head": 3}, {"n_hidden": 77}, {"tie_embeddings": False},
 ])  # fmt: skip
 def test_what_is_fixed_stays(fixed):
-    shapes = candidates(41, fixed)
+    shapes = candidates(dataclasses.replace(BOOK, vocab_size=41), fixed)
     assert shapes
     assert len(set(shapes)) == len(shapes)
     for model in shapes:
@@ -156,7 +158,7 @@ def test_what_is_fixed_stays(fixed):
 @pytest.mark.parametrize("shape", ["modern", "gpt2"])
 @pytest.mark.parametrize("n_embd", [2, 6, 34, 58, 62, 100, 200, 298, 300, 1000])
 def test_widths_that_no_usual_head_divides(shape, n_embd):
-    for model in candidates(65, {"n_embd": n_embd, "shape": shape}):
+    for model in candidates(BOOK, {"n_embd": n_embd, "shape": shape}):
         assert (model.n_embd, model.n_head * model.head_dim) == (n_embd, n_embd)
 
 
@@ -167,18 +169,18 @@ def test_widths_that_no_usual_head_divides(shape, n_embd):
 ])  # fmt: skip
 def test_shapes_that_can_not_be(fixed, reason):
     with pytest.raises(UserError, match=reason):
-        candidates(65, fixed)
+        candidates(BOOK, fixed)
 
 
 def test_a_model_to_begin_with_is_the_only_candidate():
     """--from: all of its fields are fixed, the vocabulary among them."""
     for shape in ("modern", "gpt2"):
         base = ModelConfig.from_shape(shape, vocab_size=65, n_layer=3, n_embd=24, n_head=2)
-        assert candidates(65, dataclasses.asdict(base)) == [base]
+        assert candidates(BOOK, dataclasses.asdict(base)) == [base]
 
 
 def test_how_to_train_is_made_of_options_of_train():
-    model, *_ = candidates(65, {})
+    model, *_ = candidates(BOOK, {})
     before = -1.0
     for epochs in (0.1, 1, 5, 20, 1000):
         options = training_options(model, epochs * BOOK.tokens, BOOK)
@@ -193,11 +195,24 @@ def test_how_to_train_is_made_of_options_of_train():
 # -- the choice ----------------------------------------------------------------------------------
 
 
+def choose_measured(
+    text: TextStatistics,
+    seconds: float,
+    measure: Callable[[ModelConfig, dict[str, Any]], float],
+    measured: dict[ModelConfig, float] | None = None,
+) -> Choice:
+    """As the planner does: until the best shape is a measured one."""
+    shapes, measured = candidates(text, {}), {} if measured is None else measured
+    while (best := choose(shapes, text, seconds, measured)).model not in measured:
+        measured[best.model] = measure(best.model, best.train)
+    return best
+
+
 @pytest.mark.parametrize("text", TEXTS, ids=["book", "short", "web"])
 @pytest.mark.parametrize("flops", [1e9, 1e11, 1e14])
 def test_more_time_never_expects_a_worse_loss(text, flops):
     found = [
-        choose(text, seconds=lambda s=seconds: s, fixed={}, measured={}, measure=at_speed(flops))
+        choose_measured(text, seconds, at_speed(flops))
         for seconds in (1, 10, 30, 60, 120, 300, 3600, 86400)
     ]
     losses = [choice.loss for choice in found]
@@ -213,21 +228,21 @@ def test_more_time_never_expects_a_worse_loss(text, flops):
 
 def test_no_other_shape_expects_less():
     measure = at_speed(3e10)
-    best = choose(BOOK, seconds=lambda: 120, fixed={}, measured={}, measure=measure)
-    for model in candidates(65, {}):
+    best = choose_measured(BOOK, 120, measure)
+    for model in candidates(BOOK, {}):
         tokens = 120 / measure(model, {})
         assert expected_loss(model, tokens, BOOK) >= best.loss * (1 - 1e-9)
 
 
 def test_a_machine_on_which_wide_shapes_are_slow_gets_a_narrow_one():
-    usual = choose(BOOK, seconds=lambda: 600, fixed={}, measured={}, measure=at_speed(1e11))
+    usual = choose_measured(BOOK, 600, at_speed(1e11))
     assert usual.model.n_embd > 128
 
     def measure(model: ModelConfig, train: dict[str, Any]) -> float:
         return model.flops_per_token() / (1e11 if model.n_embd <= 96 else 1e6)
 
     measured: dict[ModelConfig, float] = {}
-    choice = choose(BOOK, seconds=lambda: 600, fixed={}, measured=measured, measure=measure)
+    choice = choose_measured(BOOK, 600, measure, measured)
     assert choice.model.n_embd <= 96
     assert choice.token_seconds == measured[choice.model] == measure(choice.model, {})
     assert choice.tokens == pytest.approx(600 / choice.token_seconds)
@@ -242,13 +257,13 @@ def test_what_was_measured_is_not_measured_again():
         return at_speed(2e10)(model, train)
 
     measured: dict[ModelConfig, float] = {}
-    first = choose(BOOK, seconds=lambda: 100, fixed={}, measured=measured, measure=measure)
+    first = choose_measured(BOOK, 100, measure, measured)
     assert 1 <= len(asked) < len(LADDER)  # only those that look best
     assert len(set(asked)) == len(asked)
     assert list(measured) == asked
-    again = choose(BOOK, seconds=lambda: 100, fixed={}, measured=measured, measure=measure)
+    again = choose_measured(BOOK, 100, measure, measured)
     assert (again, len(measured)) == (first, len(set(asked)))
-    unmeasured = choose(BOOK, seconds=lambda: 200, fixed={}, measured=measured)
+    unmeasured = choose(candidates(BOOK, {}), BOOK, 200, measured)
     assert unmeasured.loss <= first.loss
 
 
@@ -256,44 +271,27 @@ def test_what_was_measured_is_not_measured_again():
 @given(st.lists(st.floats(1e-9, 1.0), min_size=len(LADDER), max_size=len(LADDER)),
        st.floats(0.1, 1e5))  # fmt: skip
 def test_it_ends_on_every_machine(speeds, seconds):
-    speed_of = dict(zip(candidates(65, {}), speeds, strict=True))
+    speed_of = dict(zip(candidates(BOOK, {}), speeds, strict=True))
     measured: dict[ModelConfig, float] = {}
-    choice = choose(BOOK, seconds=lambda: seconds, fixed={}, measured=measured,
-                    measure=lambda model, train: speed_of[model])  # fmt: skip
+    choice = choose_measured(BOOK, seconds, lambda model, train: speed_of[model], measured)
     assert choice.token_seconds == speed_of[choice.model]
     assert choice.loss == min(expected_loss(model, max(1.0, seconds / took), BOOK)
                               for model, took in measured.items())  # fmt: skip
 
 
-def test_only_what_fits_is_chosen():
-    def fits(model: ModelConfig, train: dict[str, Any]) -> bool:
-        own = {k: v for k, v in train.items() if k != "dropout"}
-        assert TrainConfig(**own, budget="5m")
-        return model.n_parameters < 200_000
-
-    choice = choose(
-        BOOK, seconds=lambda: 1e6, fixed={}, measured={}, measure=at_speed(1e12), fits=fits
-    )
-    assert choice.model.n_parameters < 200_000
-    with pytest.raises(UserError, match="little memory"):
-        choose(BOOK, seconds=lambda: 60, fixed={}, measured={}, fits=lambda model, train: False)
-
-
 def test_a_tiny_text():
-    tiny = Text(tokens=70, vocab_size=5, bits_per_token=1.0)
-    choice = choose(tiny, seconds=lambda: 60, fixed={}, measured={}, measure=at_speed(1e10))
+    tiny = TextStatistics(tokens=70, vocab_size=5, bits_per_token=1.0)
+    choice = choose_measured(tiny, 60, at_speed(1e10))
     assert choice.model.context_length < 70
     assert math.isfinite(choice.loss)
     fixed = {"context_length": 8}
     few = dataclasses.replace(tiny, tokens=9, bits_per_token=0.0)
-    assert choose(few, seconds=lambda: 60, fixed=fixed, measured={}).model.context_length == 8
+    assert choose(candidates(few, fixed), few, 60, {}).model.context_length == 8
     with pytest.raises(UserError, match="9 tokens are too few"):
-        choose(few, seconds=lambda: 60, fixed={}, measured={})
+        candidates(few, {})
 
 
 def test_no_time_at_all_still_gives_a_plan():
     for seconds in (0.0, 1e-6):
-        choice = choose(
-            BOOK, seconds=lambda s=seconds: s, fixed={}, measured={}, measure=at_speed(1e10)
-        )
+        choice = choose_measured(BOOK, seconds, at_speed(1e10))
         assert math.isfinite(choice.loss)

@@ -21,19 +21,19 @@ from glassgpt.errors import UserError
 from glassgpt.model import GPT
 from glassgpt.options import resolve_options, split_options
 from glassgpt.runtime import Machine, find_card
-from glassgpt.system import SILENT
-from glassgpt.training.fused.step import FusedStep, _Rooms, can_fuse, multiplies_bfloat16
+from glassgpt.training.fused.step import Workspace
 from glassgpt.training.optimizers import make_optimizers
 from glassgpt.training.planning import costs
 from glassgpt.training.planning.costs import (
     largest_micro_batch,
     memory,
     parameters_by_part,
-    way,
 )
-from glassgpt.training.step import Passes
+from glassgpt.training.step import StepPlan, rows_per_process
 
 HERE = Machine(torch.device("cpu"), torch.float32)
+CARD = Machine(torch.device("cuda"), torch.bfloat16)
+EIGHT_CARDS = dataclasses.replace(CARD, world=8)
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "memory.py"
 
 
@@ -47,14 +47,19 @@ def both(**fields: Any) -> list[ModelConfig]:
             tiny_config("modern", n_kv_head=6, **fields)]  # fmt: skip
 
 
+def needed(model: ModelConfig, train: TrainConfig, machine: Machine = HERE) -> costs.Memory:
+    return memory(model, train, StepPlan.decide(model, train, machine))
+
+
 # -- the parts -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("machine", [HERE, CARD], ids=["cpu", "cuda"])
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
-def test_the_parts_add_up(device, optimizer):
+def test_the_parts_add_up(machine, optimizer):
+    torch.set_num_threads(2)
     for model in both():
-        need = memory(model, TrainConfig(optimizer=optimizer), device=device, threads=2)
+        need = needed(model, TrainConfig(optimizer=optimizer), machine)
         parts = dataclasses.asdict(need).values()
         assert all(isinstance(part, int) and part >= 0 for part in parts)
         assert sum(parts) == need.total
@@ -63,13 +68,13 @@ def test_the_parts_add_up(device, optimizer):
 
 
 def test_more_rows_take_more_memory():
+    torch.set_num_threads(2)
     for model in [*both(), ModelConfig.from_shape("gpt2", vocab_size=50257, n_layer=2)]:
-        for device in ("cpu", "cuda"):
+        for machine in (HERE, CARD):
             totals = [
-                memory(model, TrainConfig(batch_tokens=rows * model.context_length),
-                       device=device, threads=2).total
+                needed(model, TrainConfig(batch_tokens=rows * model.context_length), machine).total
                 for rows in (2, 3, 8, 100, 1000)
-            ]  # fmt: skip
+            ]
             assert totals == sorted(totals)
             assert totals[0] < totals[-1]
 
@@ -85,7 +90,7 @@ def test_the_optimizer_remembers_what_is_expected():
                 optimizer.step()
             kept = [tensor for optimizer in optimizers for state in optimizer.state.values()
                     for tensor in state.values() if tensor.dim()]  # fmt: skip
-            assert memory(model, train).optimizer == sum(t.nbytes for t in kept)
+            assert needed(model, train).optimizer == sum(t.nbytes for t in kept)
 
 
 @pytest.mark.parametrize(
@@ -103,7 +108,7 @@ def test_activations_are_what_torch_saves(shape, dropout):
         model = tiny_config("gpt2" if shape == "gpt2" else "modern", n_layer=layers,
                             context_length=16, **fields)  # fmt: skip
         saved.append(saved_bytes(GPT(model), 3))
-    expected = sum(costs._saved(model, 4, on_gpu=False)) * tokens
+    expected = sum(costs.saved_per_token(model, 4, on_gpu=False)) * tokens
     # Statistics of the norms, a few bytes per token, are left out.
     assert saved[1] - saved[0] == pytest.approx(expected, rel=0.05)
 
@@ -129,34 +134,13 @@ def saved_bytes(model: GPT, rows: int) -> int:
 def test_rooms_of_the_fused_step_are_counted_to_the_byte():
     [*_, model] = both(vocab_size=60000, n_layer=3)
     for width, dtype in ((2, torch.bfloat16), (4, torch.float32)):
-        rooms = _Rooms(model, 4, model.context_length, dtype)
+        rooms = Workspace(model, 4, model.context_length, dtype)
         rooms_of = [rooms, *rooms.blocks]
         arrays = [part.array for room in rooms_of for part in vars(room).values()
                   if hasattr(part, "array")]  # fmt: skip
-        how = costs.Way(True, 2, 8, 7, width)  # two threads: 4 and 3 rows
-        assert costs._room_bytes(model, how) == sum(array.nbytes for array in arrays)
-
-
-# -- the way of a step ---------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("threads", [1, 2, 3])
-@pytest.mark.parametrize("rows", [1, 2, 5])
-@pytest.mark.parametrize("options", [{}, {"micro_batch_size": 2}, {"dtype": "float32"},
-                                     {"compile": "on"}])  # fmt: skip
-def test_the_way_is_the_one_that_passes_take(threads, rows, options):
-    torch.set_num_threads(threads)
-    for model in [*both(), *both(dropout=0.1), *both(n_layer=0)]:
-        train = TrainConfig(batch_tokens=rows * model.context_length, **options)
-        passes = Passes(GPT(model), train, HERE, rows=rows, reporter=SILENT)
-        passes.close()
-        torch.set_num_threads(threads)
-        how = way(model, train, device="cpu", threads=threads, kernels=can_fuse(both()[2]),
-                  bfloat16=multiplies_bfloat16())  # fmt: skip
-        assert how.fused == isinstance(passes.steps[0], FusedStep)
-        assert (how.workers, how.rows) == (len(passes.steps), passes.rows)
-        assert how.at_once == passes.micro_batch_size
-        assert how.width == (2 if passes.precision == "bfloat16" else 4)
+        precision = "bfloat16" if width == 2 else "float32"  # two threads: 4 and 3 rows
+        plan = StepPlan("cpu", 1, 8, 7, precision, fused=True, workers=2)
+        assert costs.workspace_bytes(model, plan) == sum(array.nbytes for array in arrays)
 
 
 # -- measured ------------------------------------------------------------------------------------
@@ -185,38 +169,38 @@ def test_nanogpts_four_days_are_a_plausible_share_of_eight_a100():
     tokens = train.max_steps * train.batch_tokens
     by_hand = 6 * (124_337_664 - 1024 * 768 - 25 * 768) + 12 * 12 * 768 * 1024
     assert model.flops_per_token() == by_hand
-    at_peak = costs.seconds(model, tokens, flops=8 * find_card("a100").flops, mfu=1.0)
+    at_peak = costs.training_seconds(model, tokens, flops=8 * find_card("a100").flops, mfu=1.0)
     assert at_peak == pytest.approx(by_hand * tokens / (8 * 312e12))
     assert 0.25 < at_peak / (4 * 24 * 3600) < 0.35
 
 
 def test_the_preset_for_a100_fits_in_40_gb():
     model, train = gpt2_124m()
-    need = memory(model, train, device="cuda", world=8)
+    need = needed(model, train, EIGHT_CARDS)
     assert need.optimizer == 8 * model.n_parameters
     # The logits of 12 rows, three times in float32, would be more than all of it: they never are.
     assert need.activations < 3 * 4 * 12 * 1024 * 50257
-    less = memory(model, dataclasses.replace(train, recompute=True), device="cuda", world=8)
+    less = needed(model, dataclasses.replace(train, recompute=True), EIGHT_CARDS)
     assert less.activations < 0.5 * need.activations
     assert need.total < find_card("A100").memory
-    assert need.total < memory(model, dataclasses.replace(train, dtype="float32"), device="cuda",
-                               world=8).total  # fmt: skip
+    wide = dataclasses.replace(EIGHT_CARDS, dtype=torch.float32)
+    assert need.total < needed(model, train, wide).total
 
 
 def test_the_largest_micro_batch_fits_and_one_more_does_not():
     model, train = gpt2_124m()
     for name in ("T4", "A100"):
         room = find_card(name).memory
-        most = largest_micro_batch(model, train, room, device="cuda", world=8)
+        most = largest_micro_batch(model, train, EIGHT_CARDS, room)
         assert most is not None
 
         def total(rows: int) -> int:
             asked = dataclasses.replace(train, micro_batch_size=rows)
-            return memory(model, asked, device="cuda", world=8).total
+            return needed(model, asked, EIGHT_CARDS).total
 
         assert total(most) <= room
-        assert most == costs.rows_per_process(model, train, 8) or room < total(most + 1)
-    assert largest_micro_batch(model, train, 10**9, device="cuda") is None
+        assert most == rows_per_process(model, train, 8) or room < total(most + 1)
+    assert largest_micro_batch(model, train, CARD, 10**9) is None
 
 
 def test_cards_by_name():

@@ -20,7 +20,7 @@ from glassgpt.data.batches import IGNORE
 from glassgpt.inference.kernels.compiled import load_kernels
 from glassgpt.model import GPT
 from glassgpt.training.fused import step
-from glassgpt.training.fused.step import FusedStep, Weights, can_fuse
+from glassgpt.training.fused.step import FusedStep, RoundedWeights, can_fuse
 
 Gradients = dict[str, torch.Tensor]
 
@@ -51,7 +51,7 @@ def rows(config: ModelConfig, B: int = 3, T: int = 11, ignored: float = 0.2, see
 
 
 def fused_step(model: GPT, dtype: torch.dtype = torch.float32) -> FusedStep:
-    return FusedStep(model, Weights(model, dtype))
+    return FusedStep(model, RoundedWeights(model, dtype))
 
 
 def gradients(model: GPT) -> Gradients:
@@ -65,7 +65,7 @@ def gradients(model: GPT) -> Gradients:
 
 def fused(model: GPT, tokens: Any, targets: Any, scale: float = 1.0, key: int = 0,
           dtype: torch.dtype = torch.float32) -> tuple[float, Gradients]:  # fmt: skip
-    loss = fused_step(model, dtype)(tokens, targets, scale, key)
+    loss = fused_step(model, dtype)((tokens, targets), scale, key)
     return loss, gradients(model)
 
 
@@ -166,9 +166,9 @@ def test_a_vocabulary_too_large_for_all_logits(monkeypatch, config, at_once, exp
     monkeypatch.setattr(step, "FUSED_LOGITS", at_once)
     model, batch = tiny_model(config), rows(config)  # 33 rows of logits
     reference, made = autograd(model, *batch), fused_step(model)
-    assert_same((made(*batch, 1.0), gradients(model)), reference)
-    assert made.rooms is not None
-    assert made.rooms.logits.tensor.shape == (expected, 37)
+    assert_same((made(batch, 1.0), gradients(model)), reference)
+    assert made.workspace is not None
+    assert made.workspace.logits.tensor.shape == (expected, 37)
 
 
 # -- one step after the other --------------------------------------------------------------------
@@ -182,7 +182,7 @@ def test_nothing_is_left_of_another_batch(dtype: torch.dtype) -> None:
     used = fused_step(model, dtype)
     for number, (B, T) in enumerate([(3, 11), (3, 11), (2, 13), (4, 1), (3, 11)]):
         batch = rows(model.config, B, T, seed=number)
-        again = used(*batch, 1.0, number), gradients(model)
+        again = used(batch, 1.0, number), gradients(model)
         anew = fused(model, *batch, key=number, dtype=dtype)
         assert again[0] == anew[0]
         assert all(torch.equal(again[1][name], anew[1][name]) for name in anew[1])
@@ -191,15 +191,15 @@ def test_nothing_is_left_of_another_batch(dtype: torch.dtype) -> None:
 def test_memory_of_another_shape_goes_before_new_is_taken(monkeypatch) -> None:
     """Where memory ended, half of the rows must not need what the whole has taken on top."""
     model = tiny_model(CONFIGS["tied"])
-    made, make, held = fused_step(model), step._Rooms, []
+    made, make, held = fused_step(model), step.Workspace, []
 
     def watch(*arguments: Any) -> Any:
-        held.append(made.rooms)
+        held.append(made.workspace)
         return make(*arguments)
 
-    monkeypatch.setattr(step, "_Rooms", watch)
+    monkeypatch.setattr(step, "Workspace", watch)
     for B in (4, 2):
-        made(*rows(model.config, B), 1.0)
+        made(rows(model.config, B), 1.0)
     assert held == [None, None]
 
 
@@ -207,21 +207,21 @@ def test_gradients_of_several_calls_add_up() -> None:
     model, config = tiny_model(CONFIGS["tied"]), CONFIGS["tied"]
     tokens, targets = rows(config, 5)
     whole, parts = autograd(model, tokens, targets), fused_step(model)
-    loss = sum(parts(tokens[part], targets[part], 1.0) for part in (slice(2), slice(2, 5)))
+    loss = sum(parts((tokens[part], targets[part]), 1.0) for part in (slice(2), slice(2, 5)))
     assert_same((loss, gradients(model)), whole)
 
 
 def test_changed_weights_are_read_after_a_refresh() -> None:
     model, batch = tiny_model(CONFIGS["untied"]), rows(CONFIGS["untied"])
     made = fused_step(model)
-    before = made(*batch, 1.0)
+    before = made(batch, 1.0)
     gradients(model)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(0.9)
     made.weights.refresh()
-    assert_same((made(*batch, 1.0), gradients(model)), autograd(model, *batch))
-    assert made(*batch, 1.0) != pytest.approx(before, rel=0.01)
+    assert_same((made(batch, 1.0), gradients(model)), autograd(model, *batch))
+    assert made(batch, 1.0) != pytest.approx(before, rel=0.01)
 
 
 @pytest.mark.slow
@@ -327,7 +327,7 @@ def test_dropout_happens_where_it_does_in_the_model() -> None:
             logits = model.train()(torch.from_numpy(batch[0])).flatten(0, 1)
             theirs.append(summed_loss(logits, batch[1]).item())
     made = fused_step(model)
-    ours = [made(*batch, 1.0, key) for key in range(n)]
+    ours = [made(batch, 1.0, key) for key in range(n)]
     error = math.sqrt((np.var(ours) + np.var(theirs)) / n)
     assert abs(np.mean(ours) - np.mean(theirs)) < 4 * error
     assert np.std(ours) == pytest.approx(np.std(theirs), rel=0.3)

@@ -29,7 +29,7 @@ from glassgpt.finetuning.lora import (
 )
 from glassgpt.model import GPT
 from glassgpt.training.loss import NextTokenLoss
-from glassgpt.training.workers import share_weights
+from glassgpt.training.step import share_weights
 
 SHAPES = {
     "gpt2": tiny_config("gpt2"),

@@ -14,10 +14,9 @@ from glassgpt import runtime
 from glassgpt.config import TrainConfig
 from glassgpt.data.batches import IGNORE
 from glassgpt.model import GPT, CausalSelfAttention, attention_by_hand
-from glassgpt.system import SILENT
 from glassgpt.training.fused.step import FusedStep
 from glassgpt.training.loss import NextTokenLoss
-from glassgpt.training.step import Passes
+from glassgpt.training.step import TrainingStep
 
 T, V = 13, 37
 SHAPES: dict[str, Any] = {
@@ -104,17 +103,17 @@ def test_without_positions_texts_would_see_each_other(shape: str) -> None:
 
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("at_once", [1, 2, 3])
-def test_passes_over_packed_rows(threads: int, at_once: int) -> None:
+def test_steps_over_packed_rows(threads: int, at_once: int) -> None:
     model = tiny_model(SHAPES["fusible"]).train()
     config = TrainConfig(dtype="float32", device="cpu", threads=threads, micro_batch_size=at_once)
-    passes = Passes(model, config, runtime.start(config), rows=3, reporter=SILENT, packed=True)
-    assert not isinstance(passes.steps[0], FusedStep)
+    step = TrainingStep(model, config, runtime.start(config), packed=True)
+    assert not isinstance(step.steps[0], FusedStep)
     expected, n = alone(model), sum((array != IGNORE).sum() for array in [packed()[1]])
-    loss = passes.gradients(*packed()).item()
+    loss = step.gradients(packed()).item()
     found = {name: gradient * n for name, gradient in gradients_of(model).items()}
     assert_same((loss * n, found), expected)
-    assert passes.losses(*packed()) == pytest.approx(expected[0], rel=1e-5)
-    passes.close()
+    assert step.losses(packed()) == pytest.approx(expected[0], rel=1e-5)
+    step.close()
 
 
 @pytest.mark.parametrize("chunk_logits", [1 << 20, 3 * V])
@@ -151,10 +150,10 @@ def test_the_fused_step_takes_whole_models_alone(change: str) -> None:
     config = TrainConfig(dtype="float32", device="cpu", threads=1)
     machine = runtime.start(config)
     model = tiny_model(SHAPES["fusible"])
-    kinds = [Passes(model, config, machine, rows=3, reporter=SILENT).steps[0]]
+    kinds = [TrainingStep(model, config, machine).steps[0]]
     if change == "frozen":
         model.final_norm.requires_grad_(False)
     else:
         model.head = torch.nn.Linear(model.config.n_embd, 3, bias=False)
-    kinds.append(Passes(model, config, machine, rows=3, reporter=SILENT).steps[0])
+    kinds.append(TrainingStep(model, config, machine).steps[0])
     assert [isinstance(step, FusedStep) for step in kinds] == [True, False]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import re
 import shutil
@@ -26,7 +27,7 @@ from glassgpt.inference.kernels.compiled import load_kernels
 from glassgpt.model import GPT
 from glassgpt.reporting.run_log import read_metrics
 from glassgpt.system import SILENT, Reporter
-from glassgpt.training.loop import Trainer
+from glassgpt.training.loop import LoopState, Trainer
 from glassgpt.training.run import train
 from listener import Listener
 
@@ -343,8 +344,8 @@ def test_evaluation_on_a_part_is_the_same_part_everywhere(text, tmp_path):
     for name, how in (("a", dict(threads=1)), ("b", dict(threads=2, micro_batch_size=2))):
         trainer = make_trainer(text, tmp_path / name, eval_batches=2, **how)
         trainer.stop = runtime.StopRequest()
-        assert trainer.eval_windows == 12
-        found.append(trainer.evaluate(trainer.data.val, windows=trainer.eval_windows))
+        assert trainer.state.eval_windows == 12
+        found.append(trainer.evaluate(trainer.data.val, windows=trainer.state.eval_windows))
         whole = make_trainer(text, tmp_path / f"{name}-whole", **how)
         whole.stop = runtime.StopRequest()
         assert found[-1] != pytest.approx(whole.evaluate(whole.data.val), abs=1e-6)
@@ -445,3 +446,13 @@ def test_the_record_says_how_the_data_were_made(text, tmp_path):
 def test_data_of_other_types_are_refused(data):
     with pytest.raises(UserError):
         train(data, **TINY)
+
+
+def test_the_state_of_an_earlier_version_is_read():
+    """What it did not save is as at the beginning; keys of others are passed over."""
+    old = {"step": 30, "seconds": 4.5, "first_val_loss": 3.0, "best_val_loss": None, "options": {},
+           "samples": ["a", "b"], "scaler": {}, "plan": None, "verb": "train"}  # fmt: skip
+    state = LoopState.from_json(old)
+    assert (state.step, state.seconds, state.samples) == (30, 4.5, ["a", "b"])
+    assert (state.best_val_loss, state.kept, state.spent) == (math.inf, [], {})
+    assert LoopState.from_json(json.loads(json.dumps(state.to_json()))) == state

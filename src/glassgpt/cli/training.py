@@ -271,7 +271,7 @@ def plan_verb(
         else:
             how = dict(gpu=gpu, gpus=gpus, mfu=mfu, price=price)
             made = planner.make_plan(data, **where, **how, reporter=terminal, **options)
-            table = planner.table(made)
+            table = planner.plan_table(made)
     finally:
         terminal.close()
     print(table)

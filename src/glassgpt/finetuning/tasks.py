@@ -162,7 +162,7 @@ class LabelTask(FinetuneTask):
     ) -> None:
         super().__init__(**common)
         self.labels, self.val = labels, val
-        self.loss = {} if class_weights is None else {"class_weights": class_weights}
+        self.class_weights = class_weights
         self._judged: tuple[np.ndarray, np.ndarray] | None = None  # true and predicted classes
 
     def guessing(self, model: GPT) -> tuple[float, str]:

@@ -1,22 +1,19 @@
-"""One loop for all training: batches in, a run directory out; stoppable and resumable anywhere.
+"""One loop for all training: batches in, a run directory out; it can stop and resume anywhere.
 
     result = Trainer(run, model, train_config, dataset, machine, reporter, options).fit()
 
-Everything that varies between steps (batch, learning rate, dropout) is a function of (seed,
-step), so a resumed run repeats the uninterrupted one bit for bit on a CPU. This room knows the
-model only as "tokens in, logits out", and nothing of where options and data come from.
+Whatever varies between steps (batch, learning rate, dropout) is a function of (seed, step), so a
+resumed run repeats the uninterrupted one bit for bit on a CPU. This module knows the model only as
+"tokens in, loss out", and nothing of where options and data come from.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
-import shlex
-import signal
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,34 +26,54 @@ from glassgpt.config import TrainConfig
 from glassgpt.data.batches import IGNORE, Dataset, Split
 from glassgpt.errors import UserError
 from glassgpt.model import GPT
-from glassgpt.reporting.plots import loss_curve
-from glassgpt.reporting.run_log import (
-    Expectation,
-    Report,
-    RunLog,
-    TrainResult,
-    rewind_samples,
-    shape_in_words,
-    summary,
-    write_report,
-    write_sample,
-)
-from glassgpt.reporting.terminal import format_seconds, program
+from glassgpt.reporting.run_log import Expectation, TrainResult
 from glassgpt.system import Reporter
+from glassgpt.training.journal import Journal
 from glassgpt.training.optimizers import (
     learning_rate_at,
-    make_optimizers,
     optimizer_tensors,
     restore_optimizers,
     set_learning_rate,
 )
 from glassgpt.training.schedule import Clock
-from glassgpt.training.step import Passes
+from glassgpt.training.step import Batch, TrainingStep
 from glassgpt.training.task import TextTask
 
-_RESUMED = ("step", "evaluations_without_best", "evaluated_step", "samples", "spent", "kept")
-_KEPT_TOKENS = 1 << 16  # of the text to keep are enough to see whether it is forgotten
-_EVALUATION_SHARE = 0.04  # of a budget, for one evaluation; more text than that is left out
+_KEPT_TOKENS = 1 << 16  # tokens of the text to keep: enough to see whether it is forgotten
+_EVALUATION_SHARE = 0.04  # of a budget, for one evaluation; it looks at no more text than that
+
+
+@dataclass
+class LoopState:
+    """All that an interrupted loop needs to go on, beside weights and optimizer moments."""
+
+    step: int = 0
+    seconds: float = 0.0  # of training, over all sessions
+    spent: dict[str, float] = field(default_factory=dict)  # part of the work -> seconds
+    first_val_loss: float = math.inf  # nats per token, as all losses
+    best_val_loss: float = math.inf
+    evaluations_without_best: int = 0
+    evaluated_step: int | None = None
+    eval_windows: int | None = None  # of the validation text are looked at; None: all
+    samples: list[str] = field(default_factory=list)  # the first and the latest
+    kept: list[float] = field(default_factory=list)  # on the text to keep, the first and the latest
+    fits_in_memory: int | None = None  # sequences at a time, once more did not fit
+    scaler: dict[str, Any] = field(default_factory=dict)  # of float16 gradients
+    plan: Expectation | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        losses = ("first_val_loss", "best_val_loss")
+        finite = {name: ckpt.finite_or_none(getattr(self, name)) for name in losses}
+        return dataclasses.asdict(self) | finite
+
+    @classmethod
+    def from_json(cls, saved: Mapping[str, Any]) -> LoopState:
+        """Earlier versions of this program saved less; what is missing is as at the beginning."""
+        names = [each.name for each in dataclasses.fields(cls)]
+        known = {name: saved[name] for name in names if saved.get(name) is not None}
+        if "plan" in known:
+            known["plan"] = Expectation(**known["plan"])
+        return cls(**known)
 
 
 class Trainer:
@@ -79,178 +96,101 @@ class Trainer:
         """`began`: when the time of a budget started to run (time.monotonic); `plan`: what is
         expected of it."""
         self.run, self.config, self.data, self.machine = run, config, data, machine
-        self.reporter, self.options, self.plan = reporter, options, plan
-        self.model, self.task = model, task or TextTask(data.tokenizer, config)
-        self.T, self.shape = model.config.context_length, shape_in_words(model.config)
-        rows = max(1, round(config.batch_tokens / self.T / machine.world))
-        self.rows_per_rank, self.rows_per_step = rows, rows * machine.world
+        self.model, self.reporter, self.options = model, reporter, options
+        self.task = task or TextTask(data.tokenizer, config)
+        self.T = model.config.context_length
         self.drops = bool(model.config.dropout or self.task.dropout)
-        self.passes = Passes(model, config, machine, rows=rows, reporter=reporter,
-                             packed=data.packed, drops=self.drops, **self.task.loss)  # fmt: skip
-        self.optimizers = make_optimizers(
-            model, config, layer_decay=self.task.layer_decay,
-            low_precision=self.passes.precision == "bfloat16", workers=self.passes.workers,
-        )  # fmt: skip
-        self.scaler = self.passes.scaler
-        self.step = 0
+        self.training_step = TrainingStep(
+            model,
+            config,
+            machine,
+            reporter=reporter,
+            packed=data.packed,
+            drops=self.drops,
+            layer_decay=self.task.layer_decay,
+            class_weights=self.task.class_weights,
+        )
+        self.optimizers = self.training_step.optimizers
+        self.rows_per_rank = self.training_step.plan.rows
+        rows = self.rows_per_step = self.rows_per_rank * machine.world
+        self.state = LoopState(eval_windows=(config.eval_batches or 0) * rows or None, plan=plan)
         self.clock = Clock(config, began=began or time.monotonic())
-        self.eval_windows = (config.eval_batches or 0) * self.rows_per_step or None
-        self.spent: dict[str, float] = {}  # part of the work -> seconds
-        self.first_val_loss = self.best_val_loss = math.inf
-        self.evaluations_without_best = 0
-        self.evaluated_step: int | None = None
-        self.samples: list[str] = []
-        self.kept: list[float] = []  # losses on the text to keep: the first and the latest
-        self.recent: deque[float] = deque(maxlen=50)
+        self.journal = Journal(
+            run, config, model, data, machine, self.task, self.clock, reporter, options, rows
+        )
         self._unread: tuple[torch.Tensor, torch.Tensor, float] | None = None
 
-    def restore(
-        self,
-        saved: ckpt.Checkpoint | None,
-        tensors: Mapping[str, np.ndarray],
-        state: dict[str, Any],
-    ) -> None:
-        """Continue where `save` left off."""
-        self.task.restore(self.model, saved, tensors)
-        self.passes.weights_changed()
-        restore_optimizers(self.optimizers, self.model, tensors)
-        if state["scaler"]:
-            self.scaler.load_state_dict(state["scaler"])
-        for name in _RESUMED:
-            if name in state:  # older runs lack some
-                setattr(self, name, state[name])
-        self.passes.fits_in_memory = fits = state.get("fits_in_memory")
-        if self.options.get("micro_batch_size") == state["options"].get("micro_batch_size"):
-            self.passes.micro_batch_size = min(self.passes.micro_batch_size, fits or 1 << 62)
-        if self.clock.budget is not None:  # else --eval-batches may have been given anew
-            self.eval_windows = state.get("eval_windows", self.eval_windows)
-        self.clock.used = state["seconds"]
-        if state.get("plan") and self.options.get("budget") == state["options"].get("budget"):
-            self.plan = Expectation(**state["plan"])
-        for name in ("first_val_loss", "best_val_loss"):
-            setattr(self, name, math.inf if state[name] is None else state[name])
-        if self.clock.is_over(self.step) and self.evaluated_step == self.step:
-            by_steps = self.step >= self.config.max_steps
-            more = "--max-steps with a larger number" if by_steps else "more --budget"
-            raise UserError(f"{self.run} is finished at step {self.step}; {more} goes on")
-
     def fit(self) -> TrainResult:
-        """Train until `max_steps`, until patience is exhausted, or until asked to stop."""
-        self.log = None
-        if self.machine.is_main:
-            RunLog(self.run).rewind(self.step)
-            rewind_samples(self.run / "samples.md", self.step)
-            ckpt.rewind_snapshots(self.run, self.step)
-            self.log = RunLog(self.run, tensorboard=self.config.tensorboard,
-                              wandb=self.config.wandb, options=self.options)  # fmt: skip
-        self._describe()
+        """Train until `max_steps`, until time or patience is exhausted, or until asked to stop."""
+        self.journal.open(self.state.step)
+        self.journal.describe(self.training_step.plan, self.state.step)
         with runtime.StopRequest().listening() as self.stop:
             try:
-                self.passes.compile(*self._batch())
+                self.training_step.compile(self._batch())
                 if self.clock.budget is None:
                     self.clock.began = time.monotonic()  # the time of training alone
-                self._tick, self._tick_step = time.monotonic(), self.step
-                self._foresee()
+                else:
+                    self._reserve_time()
+                self.journal.restart_speed(self.state.step)
                 finished = self._loop()
             except KeyboardInterrupt:  # a second Ctrl-C, or one where nobody listens
                 self.reporter.close()
-                self.reporter.say(f"stopped at once; go on with: {self._how_to_resume}")
+                self.reporter.say(f"stopped at once; go on with: {self.journal.how_to_resume}")
                 raise
         if not finished:
             self.save()
         elif self.config.snapshots:
             self._snapshot()
-        return self._finish(finished)
+        self.training_step.close()
+        return self.journal.close(self.state, finished, self.stop.signal)
+
+    # -- the loop --------------------------------------------------------------------------------
 
     def _loop(self) -> bool:
         """Steps, evaluations and checkpoints in turn; False when asked to stop before the end."""
-        clock, patience = self.clock, self.config.patience or math.inf
+        state, clock, patience = self.state, self.clock, self.config.patience or math.inf
         while True:
-            if clock.snapshot_is_due(self.step):
+            if clock.snapshot_is_due(state.step):
                 self._snapshot()
-            over = bool(self._agreed(clock.is_over(self.step)))
-            due = over or self._agreed(clock.evaluation_is_due(self.step))
-            if due and self.evaluated_step != self.step:
+            over = bool(self._agreed(clock.is_over(state.step)))
+            due = over or self._agreed(clock.evaluation_is_due(state.step))
+            if due and state.evaluated_step != state.step:
                 self._evaluate_and_keep_best()
-            elif self._agreed(clock.saving_is_due(self.step)):
+            elif self._agreed(clock.saving_is_due(state.step)):
                 self.save()
             if self._stop_requested():
-                return over and self.evaluated_step == self.step
-            if over or self.evaluations_without_best >= patience:
+                return over and state.evaluated_step == state.step
+            if over or state.evaluations_without_best >= patience:
                 return True
             self._train_step()
 
-    def _foresee(self) -> None:
-        """Of a budget, keep time for the last evaluation and for saving: how long do they take?
-
-        So much of the validation text is looked at as a twenty-fifth of the time allows.
-        """
-        clock = self.clock
-        if clock.budget is None:
-            return
-        windows, took, loss = self._try_evaluation(0.01 * clock.budget)
-        allowed = round(_EVALUATION_SHARE * clock.budget / took)
-        there = self.data.val.count(self.T)
-        if self.eval_windows is None and there > allowed:
-            self.eval_windows = round(self._agreed(max(1, allowed)))
-        clock.saw_evaluation(took * (self.eval_windows or there))
-        if loss is not None and not math.isfinite(self.first_val_loss):
-            self.first_val_loss = loss
-        if self.machine.is_main and not self.samples:
-            self._sample()
-        self.save()
-
-    def _try_evaluation(self, seconds: float) -> tuple[int, float, float | None]:
-        """Evaluate on more and more windows, for about so long -> how many, seconds of one, loss.
-
-        The first try is not counted: what it compiles and fetches is there afterwards.
-        """
-        windows = self.passes.micro_batch_size * self.machine.world
-        self.evaluate(self.data.val, windows=windows)
-        while True:
-            started = time.monotonic()
-            loss = self.evaluate(self.data.val, windows=windows)
-            took = self._agreed(time.monotonic() - started)
-            if took >= seconds / 2 or windows >= self.data.val.count(self.T) or loss is None:
-                return windows, max(took, 1e-9) / windows, loss
-            windows *= 2
-
     def _train_step(self) -> None:
-        config, step, started = self.config, self.step, time.monotonic()
+        config, step, started = self.config, self.state.step, time.monotonic()
         done = self._agreed(self.clock.done(step)) if self.clock.budget else None
         rate = learning_rate_at(step, config, done)
         set_learning_rate(self.optimizers, config, rate)
         key = hash((config.seed, step, self.machine.rank)) & 0x7FFFFFFF
-        if self.drops:  # masks, too, are a function of the step
+        if self.drops:  # dropout masks, too, are a function of the step
             torch.manual_seed(key)
-        with self._timed("data"):
+        with self.clock.timed("data"):
             batch = self._batch()
-        with self._timed("forward and backward"):
-            loss = self.passes.gradients(*batch, key=key)
-        with self._timed("optimizer"):
-            for optimizer in self.optimizers:
-                self.scaler.unscale_(optimizer)  # type: ignore[arg-type]
-            norm = torch.nn.utils.clip_grad_norm_(
-                self.model.parameters(), config.grad_clip or math.inf, foreach=True
-            )
+        with self.clock.timed("forward and backward"):
+            loss = self.training_step.gradients(batch, key)
+        with self.clock.timed("optimizer"):
+            norm = self.training_step.clip(config.grad_clip)
             numbers = self._read(loss / self.machine.world, norm, rate)
-            for optimizer in self.optimizers:
-                self.scaler.step(optimizer)  # type: ignore[arg-type]
-                optimizer.zero_grad()
-            self.scaler.update()
-            self.passes.weights_changed()
-        self.step += 1
+            self.training_step.update()
+        self.state.step += 1
         self.clock.saw_step(time.monotonic() - started)
         if numbers is not None:
-            self._record(*numbers, rate)
+            self.journal.log_step(step + 1, *numbers, rate, self.state.best_val_loss)
 
-    def _batch(self) -> tuple[np.ndarray, ...]:
+    def _batch(self) -> Batch:
         """This process's rows of the step's batch: tokens, targets, perhaps positions; (rows, T)"""
         first = self.machine.rank * self.rows_per_rank
-        return self.data.train.batch(
-            self.step, seed=self.config.seed, n=self.rows_per_step, T=self.T,
-            rows=slice(first, first + self.rows_per_rank),
-        )  # fmt: skip
+        mine, all_rows = slice(first, first + self.rows_per_rank), self.rows_per_step
+        seed = self.config.seed
+        return self.data.train.batch(self.state.step, seed=seed, n=all_rows, T=self.T, rows=mine)
 
     def _read(
         self, loss: torch.Tensor, norm: torch.Tensor, rate: float
@@ -260,112 +200,116 @@ class Trainer:
         Reading from a GPU waits for it, so there only when something is written after this step:
         an earlier NaN is still one then, and never reaches a checkpoint. On a CPU it is free.
         """
-        if not self.clock.writing_is_due(self.step + 1) and self.machine.device.type != "cpu":
+        if not self.clock.writing_is_due(self.state.step + 1) and self.machine.device.type != "cpu":
             self._unread = loss, norm, rate
             return None
         self._unread = None
         numbers = loss.item(), norm.item()
         # float16 overflows now and then; its scaler leaves such a step out by itself.
-        if not math.isfinite(numbers[0] if self.scaler.is_enabled() else sum(numbers)):
+        scaled = self.training_step.scaler.is_enabled()
+        if not math.isfinite(numbers[0] if scaled else sum(numbers)):
             self._diverged(*numbers, rate)
         return numbers
 
-    def _record(self, loss: float, norm: float, rate: float) -> None:
-        self.recent.append(loss)
-        if self.step % self.config.log_interval == 0 or self.step == self.config.max_steps:
-            now = time.monotonic()
-            per_second = self._tokens(self.step - self._tick_step) / max(1e-9, now - self._tick)
-            self._tick, self._tick_step = now, self.step
-            self._write(train_loss=loss, lr=rate, grad_norm=norm,
-                        tokens_per_second=round(per_second, 1))  # fmt: skip
-            self.reporter.status(self._status_line(per_second))
-
-    def _status_line(self, per_second: float) -> str:
-        of = "" if self.clock.budget else f"/{self.config.max_steps:,}"
-        parts = [
-            f"step {self.step:,}{of}",
-            f"train loss {sum(self.recent) / len(self.recent):.3f}",
-            *([f"best val loss {self.best_val_loss:.3f}"] if self.best_val_loss < math.inf else []),
-            f"{per_second:,.0f} tokens/s",
-        ]
-        if self.machine.peak_flops:
-            used = per_second * self.model.config.flops_per_token() / self.machine.peak_flops
-            parts.append(f"MFU {used:.0%}")
-        return " · ".join([*parts, f"{format_seconds(self.clock.left(self.step))} left"])
-
     def _diverged(self, loss: float, norm: float, rate: float) -> None:
         raise UserError(
-            f"training diverged at step {self.step + 1}: loss {loss}, gradient norm {norm:.3g}, "
-            f"learning rate {rate:.2e}; {self.run} keeps the last good checkpoint. Usual remedies: "
-            "lower --learning-rate and --muon-learning-rate, more --warmup-steps, --grad-clip 1, "
-            "--dtype float32"
+            f"training diverged at step {self.state.step + 1}: loss {loss}, gradient norm "
+            f"{norm:.3g}, learning rate {rate:.2e}; {self.run} keeps the last good checkpoint. "
+            "Usual remedies: lower --learning-rate and --muon-learning-rate, more --warmup-steps, "
+            "--grad-clip 1, --dtype float32"
         )
 
     # -- evaluation ------------------------------------------------------------------------------
 
     def _evaluate_and_keep_best(self) -> None:
-        with self._timed("evaluation", self.clock.saw_evaluation):
-            val_loss = self.evaluate(self.data.val, windows=self.eval_windows)
+        state = self.state
+        with self.clock.timed("evaluation", self.clock.saw_evaluation):
+            val_loss = self.evaluate(self.data.val, windows=state.eval_windows)
         if val_loss is None:  # asked to stop in the middle: done again after resuming
             return
         if not math.isfinite(val_loss):
             self._diverged(val_loss, math.nan, math.nan)
-        self.evaluated_step = self.step
-        if not math.isfinite(self.first_val_loss):
-            self.first_val_loss = val_loss
-        better = val_loss < self.best_val_loss
-        self.evaluations_without_best = 0 if better else self.evaluations_without_best + 1
-        self.best_val_loss = min(self.best_val_loss, val_loss)
-        more = self._keep_loss()
-        self._write(val_loss=val_loss, **more)
+        state.evaluated_step = state.step
+        if not math.isfinite(state.first_val_loss):
+            state.first_val_loss = val_loss
+        better = val_loss < state.best_val_loss
+        state.evaluations_without_best = 0 if better else state.evaluations_without_best + 1
+        state.best_val_loss = min(state.best_val_loss, val_loss)
+        kept = self._loss_on_text_to_keep()
+        self.journal.write_evaluation(state.step, val_loss, kept)
         if self.machine.is_main:
             if better:
-                with self._timed("saving"):
+                with self.clock.timed("saving"):
                     self.task.save(self.run, self.model, self._info())
             self._sample()
         self.save()
-        note = "" if better else f" (best {self.best_val_loss:.4f})"
-        note += "".join(f"  {name.replace('_', ' ')} {loss:.4f}" for name, loss in more.items())
-        took = format_seconds(self.clock.elapsed())
-        self.reporter.say(f"step {self.step:>6,}  val loss {val_loss:.4f}{note}  {took}")
-        self._tick, self._tick_step = time.monotonic(), self.step
+        best = None if better else state.best_val_loss
+        self.journal.say_evaluation(state.step, val_loss, best, kept)
 
-    def _keep_loss(self) -> dict[str, float]:
+    def _loss_on_text_to_keep(self) -> float | None:
         """Of the text that should not be forgotten, if there is one."""
         if self.data.keep is None:
-            return {}
+            return None
         loss = self.evaluate(self.data.keep, windows=max(1, _KEPT_TOKENS // self.T))
-        self.kept = [*self.kept[:1], loss] if loss is not None else self.kept
-        return {} if loss is None else {"keep_loss": loss}
+        if loss is not None:
+            self.state.kept = [*self.state.kept[:1], loss]
+        return loss
 
     def evaluate(self, split: Split, *, windows: int | None = None) -> float | None:
         """Mean loss over a split, or over `windows` spread over it; None when asked to stop."""
-
-        def work(rows: int) -> tuple[float, float]:
-            batches = split.windows(n=rows, T=self.T, rank=machine.rank, world=machine.world,
-                                    limit=windows)  # fmt: skip
-            total = count = 0.0
-            for number, batch in enumerate(batches):
-                if self._stop_now():
-                    break
-                if number % 64 == 63:
-                    share = number * rows * machine.world / (windows or split.count(self.T))
-                    self.reporter.status(f"evaluating: {share:.0%} of the validation text")
-                total += self.passes.losses(*batch)
-                count += int(np.count_nonzero(batch[1] != IGNORE))
-            return total, count
-
-        machine = self.machine
-        total, count = machine.sum(*self.passes.evaluate(work))
+        machine, rows, total, count = self.machine, self.training_step.evaluation_rows, 0.0, 0
+        place = {"rank": machine.rank, "world": machine.world}
+        batches = split.windows(n=rows, T=self.T, limit=windows, **place)
+        for number, batch in enumerate(batches):
+            if self._stop_now():
+                break
+            if number % 64 == 63:
+                share = number * rows * machine.world / (windows or split.count(self.T))
+                self.reporter.status(f"evaluating: {share:.0%} of the validation text")
+            total += self.training_step.losses(batch)
+            count += int(np.count_nonzero(batch[1] != IGNORE))
+        total, count = machine.sum(total, count)
         return None if self._stop_now() else total / count
 
     def _sample(self) -> None:
-        with self._timed("samples", self.clock.saw_sampling):
+        with self.clock.timed("samples", self.clock.saw_sampling):
             if text := self.task.show(self.model):
-                self.samples = [*self.samples[:1], text]
-                write_sample(self.run / "samples.md", self.step, text)
+                self.state.samples = [*self.state.samples[:1], text]
+                self.journal.write_sample(self.state.step, text)
 
-    # -- keeping ---------------------------------------------------------------------------------
+    def _reserve_time(self) -> None:
+        """Of a budget, for the last evaluation and for saving, by trying how long they take.
+
+        An evaluation looks at as much of the validation text as its share of the budget allows.
+        """
+        windows, took, loss = self._try_evaluation(0.01 * (self.clock.budget or 0.0))
+        allowed = round(_EVALUATION_SHARE * (self.clock.budget or 0.0) / took)
+        there = self.data.val.count(self.T)
+        if self.state.eval_windows is None and there > allowed:
+            self.state.eval_windows = round(self._agreed(max(1, allowed)))
+        self.clock.saw_evaluation(took * (self.state.eval_windows or there))
+        if loss is not None and not math.isfinite(self.state.first_val_loss):
+            self.state.first_val_loss = loss
+        if self.machine.is_main and not self.state.samples:
+            self._sample()
+        self.save()
+
+    def _try_evaluation(self, seconds: float) -> tuple[int, float, float | None]:
+        """Evaluate on more and more windows, for about so long -> how many, seconds of one, loss.
+
+        The first try is not counted: what it compiles and fetches is there afterwards.
+        """
+        windows = self.training_step.plan.micro_batch_size * self.machine.world
+        self.evaluate(self.data.val, windows=windows)
+        while True:
+            started = time.monotonic()
+            loss = self.evaluate(self.data.val, windows=windows)
+            took = self._agreed(time.monotonic() - started)
+            if took >= seconds / 2 or windows >= self.data.val.count(self.T) or loss is None:
+                return windows, max(took, 1e-9) / windows, loss
+            windows *= 2
+
+    # -- saving and resuming ---------------------------------------------------------------------
 
     def save(self) -> None:
         """Replace `checkpoints/last` by the present moment."""
@@ -373,105 +317,73 @@ class Trainer:
             return
         if self._unread is not None:  # with a budget, the clock says when to save
             loss, norm, rate = self._unread
-            if not math.isfinite(loss.item() + norm.item()) and not self.scaler.is_enabled():
+            finite = math.isfinite(loss.item() + norm.item())
+            if not finite and not self.training_step.scaler.is_enabled():
                 self._diverged(loss.item(), norm.item(), rate)
-        with self._timed("saving", self.clock.saw_saving):
+        with self.clock.timed("saving", self.clock.saw_saving):
             saved, tensors = self.task.to_resume(self.model, self._info())
             tensors |= optimizer_tensors(self.optimizers, self.model)
-            ckpt.save_training(self.run, saved, tensors, self._state())
+            self.state.seconds, self.state.spent = self.clock.elapsed(), self.clock.spent
+            self.state.fits_in_memory = self.training_step.fits_in_memory
+            self.state.scaler = self.training_step.scaler.state_dict()
+            origin = {
+                "options": self.options,
+                "data_path": str(self.data.path.absolute()),
+                "data_fingerprint": self.data.fingerprint,
+            }
+            state = self.state.to_json() | self.task.state() | origin
+            ckpt.save_training(self.run, saved, tensors, state)
 
-    def _state(self) -> dict[str, Any]:
-        """What state.json says: all that goes on, beside weights and moments."""
-        state = {name: getattr(self, name) for name in _RESUMED}
-        return state | {
-            "eval_windows": self.eval_windows,
-            "fits_in_memory": self.passes.fits_in_memory,
-            **self.task.state(),
-            "seconds": self.clock.elapsed(),
-            "first_val_loss": ckpt.finite_or_none(self.first_val_loss),
-            "best_val_loss": ckpt.finite_or_none(self.best_val_loss),
-            "scaler": self.scaler.state_dict(),
-            "plan": dataclasses.asdict(self.plan) if self.plan else None,
-            "options": self.options,
-            "data_path": str(self.data.path.absolute()),
-            "data_fingerprint": self.data.fingerprint,
-        }
+    def restore(
+        self,
+        saved: ckpt.Checkpoint | None,
+        tensors: Mapping[str, np.ndarray],
+        state: dict[str, Any],
+    ) -> None:
+        """Continue where `save` left off."""
+        self.task.restore(self.model, saved, tensors)
+        self.training_step.weights_changed()
+        restore_optimizers(self.optimizers, self.model, tensors)
+        new, self.state = self.state, LoopState.from_json(state)
+        given, before = self.options.get, state["options"].get
+        if self.clock.budget is None or "eval_windows" not in state:
+            self.state.eval_windows = new.eval_windows  # --eval-batches may have been given anew
+        if given("budget") != before("budget"):
+            self.state.plan = new.plan
+        if self.state.scaler:
+            self.training_step.scaler.load_state_dict(self.state.scaler)
+        same = given("micro_batch_size") == before("micro_batch_size")
+        self.training_step.resume_with(self.state.fits_in_memory, limited=same)
+        self.clock.used, self.clock.spent = self.state.seconds, self.state.spent
+        if self.clock.is_over(self.state.step) and self.state.evaluated_step == self.state.step:
+            by_steps = self.state.step >= self.config.max_steps
+            more = "--max-steps with a larger number" if by_steps else "more --budget"
+            raise UserError(f"{self.run} is finished at step {self.state.step}; {more} goes on")
 
     def _snapshot(self) -> None:
         """Keep the model as it is now, for good. Where there is no room, training goes on."""
         if not self.machine.is_main:
             return
-        with self._timed("saving", self.clock.saw_snapshot):
+        with self.clock.timed("saving", self.clock.saw_snapshot):
             try:
                 now = self.task.checkpoint(self.model, self._info())
-                ckpt.save_snapshot(self.run, self.step, now)
+                ckpt.save_snapshot(self.run, self.state.step, now)
             except UserError as error:
-                self.reporter.say(f"no snapshot of step {self.step:,}: {error}")
+                self.reporter.say(f"no snapshot of step {self.state.step:,}: {error}")
 
     def _info(self) -> dict[str, Any]:
-        """What glassgpt.json says of it."""
+        """What glassgpt.json says of the model."""
         return {
             "torch_version": torch.__version__,
             "parameters": self.model.config.n_parameters,
-            "step": self.step,
-            "best_val_loss": ckpt.finite_or_none(self.best_val_loss),
+            "step": self.state.step,
+            "best_val_loss": ckpt.finite_or_none(self.state.best_val_loss),
             "data": {"fingerprint": self.data.fingerprint, "path": str(self.data.path)},
             "options": self.options,
             "train": dataclasses.asdict(self.config),
         }
 
-    def _finish(self, finished: bool) -> TrainResult:
-        self.reporter.close()
-        self.passes.close()
-        if self.log is not None:
-            self.log.close()
-            if self.evaluated_step is not None:
-                loss_curve(self.run, guessing=self.task.guessing(self.model), per=self.task.per)
-        if not finished:
-            self.reporter.say(f"stopped at step {self.step:,}; go on with: {self._how_to_resume}")
-        elif not self.clock.is_over(self.step):
-            self.reporter.say(f"stopped early at step {self.step:,}: no better validation loss in "
-                              f"{self.config.patience} evaluations")  # fmt: skip
-        stopped_by = None if finished else self.stop.signal or signal.SIGTERM  # another rank's
-        report = self._report()
-        if self.machine.is_main and finished:
-            write_report(self.run, report)
-        return TrainResult(self.run, self.step, self.first_val_loss, self.best_val_loss,
-                           self.clock.elapsed(), tuple(self.samples), tuple(summary(report)),
-                           self.task.try_next, stopped_by)  # fmt: skip
-
-    def _report(self) -> Report:
-        return Report(
-            shape=self.shape, seconds=self.clock.elapsed(), steps=self.step,
-            tokens=self._tokens(self.step), epochs=self._epochs(self.step),
-            val_loss=self.best_val_loss,
-            guessing=self.task.guessing(self.model)[1], spent=self.spent,
-            samples=tuple(self.samples), plan=self.plan, kept=tuple(self.kept),
-        )  # fmt: skip
-
     # -- small things ----------------------------------------------------------------------------
-
-    @property
-    def _how_to_resume(self) -> str:
-        return f"{program()} {self.task.verb} --resume {shlex.quote(str(self.run))}"
-
-    def _describe(self) -> None:
-        if not self.machine.is_main:
-            return
-        accumulated = math.ceil(self.rows_per_rank / self.passes.micro_batch_size)
-        self.reporter.say(f"{self.shape} · {len(self.data.train):,} training tokens, "
-                          f"vocabulary {self.model.config.vocab_size:,}")  # fmt: skip
-        steps = self.config.max_steps
-        length = f"{steps:,} steps of {self._tokens(1):,} tokens ({self._epochs(steps):.1f} epochs)"
-        if self.clock.budget is not None:
-            left = format_seconds(self.clock.left(self.step))
-            length = f"steps of {self._tokens(1):,} tokens, for {left}"
-        self.reporter.say(
-            length + (f", {accumulated} micro-batches a step" if accumulated > 1 else "")
-            + f", on {self.machine.device} in {self.passes.precision} -> {self.run}"
-        )  # fmt: skip
-        if note := self.task.note():
-            self.reporter.say(note)
 
     def _stop_now(self) -> bool:
         """May an evaluation break off? Not with several processes: all must do the same."""
@@ -481,30 +393,8 @@ class Trainer:
         """True on every rank when any of them was asked to stop."""
         return self.machine.sum(float(self.stop.requested))[0] > 0
 
-    def _tokens(self, steps: int) -> int:
-        return steps * self.rows_per_step * self.T
-
-    def _epochs(self, steps: int) -> float:
-        return steps * self.rows_per_step / self.data.train.count(self.T)
-
     def _agreed(self, value: float) -> float:
         """The main process's value, in all: with a budget, each has a clock of its own."""
         if self.clock.budget is None or self.machine.world == 1:
             return value
         return self.machine.sum(float(value) if self.machine.is_main else 0.0)[0]
-
-    @contextlib.contextmanager
-    def _timed(self, part: str, saw: Callable[[float], None] | None = None) -> Iterator[None]:
-        """Seconds of `part`, for the report, and told to `saw`. A GPU works on while we count:
-        there, it is the time in which the host waited."""
-        started = time.monotonic()
-        yield
-        took = time.monotonic() - started
-        self.spent[part] = self.spent.get(part, 0.0) + took
-        if saw is not None:
-            saw(took)
-
-    def _write(self, **values: Any) -> None:
-        if self.log is not None:
-            self.log.write(step=self.step, tokens=self._tokens(self.step),
-                           seconds=round(self.clock.elapsed(), 3), **values)  # fmt: skip

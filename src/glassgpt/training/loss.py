@@ -2,9 +2,9 @@
 
     loss = NextTokenLoss(model, recompute=True); loss(tokens, targets).backward()
 
-Of everything a step keeps, the logits are the largest: with GPT-2's vocabulary 50,257 numbers a
-token, three times over. So they are made some rows at a time, turned into gradients on the spot
-and thrown away. This room knows a GPT by its `hidden`, `head` and `blocks`, and nothing of
+Of everything that a step keeps, the logits are the largest: with GPT-2's vocabulary 50,257 numbers
+a token, three times over. So they are made for some rows at a time, turned into gradients at once
+and thrown away. This module knows of a GPT its `hidden`, `head` and `blocks`, and nothing of
 optimizers, batches and scaling.
 """
 
@@ -24,7 +24,9 @@ from torch.utils.checkpoint import checkpoint
 from glassgpt.cache import Packing
 from glassgpt.data.batches import IGNORE
 from glassgpt.model import GPT, Block
-from glassgpt.training.planning.costs import CHUNK_LOGITS
+
+# Numbers in the logits that exist at a time; in float32 256 MB, and up to three such tensors.
+CHUNK_LOGITS = 1 << 26
 
 
 class NextTokenLoss(nn.Module):
@@ -61,8 +63,9 @@ class NextTokenLoss(nn.Module):
         self._in_chunks: Any = _loss_in_chunks
 
     def ready_to_compile(self) -> NextTokenLoss:
-        """The same, for torch.compile, which would write the loop over chunks out, and take minutes
-        for 85 of them; it gets the chunk instead. Not said earlier, since it loads the compiler."""
+        """This loss, ready for torch.compile, which would unroll the loop over chunks and take
+        minutes for 85 of them; so it compiles a chunk. To be called only then: it loads the
+        compiler."""
         self._in_chunks = torch.compiler.disable(_loss_in_chunks)  # type: ignore
         return self
 
@@ -108,7 +111,8 @@ def _loss(
 def _gradients_and_loss(
     hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, V: int, both: bool
 ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
-    """The same arguments -> ((N, C), (V or more, C)), (); the second where `both` are learning."""
+    """hidden (N, C), weight (V or more, C), targets (N) -> the gradients of hidden and, where
+    `both` learn, of weight; and the loss ()"""
     learning = (0, 1) if both else (0,)
     return torch.func.grad_and_value(_loss, argnums=learning)(hidden, weight, targets, V)
 
@@ -136,7 +140,7 @@ def _loss_in_chunks(
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """`_loss`, which forgets its logits.
+    """`_loss` without keeping the logits.
 
     Nothing but scaling follows the loss, so its gradient is known up to a factor in the forward
     pass already; taken there, logits need not be made twice (as in Liger Kernel,

@@ -2,14 +2,14 @@
 
     optimizers = make_optimizers(model, config); lr = learning_rate_at(step, config)
 
-Schedules are pure functions of the step, so resuming needs no stored state. This room knows no
-data, loss or file.
+The learning rate is a pure function of the step, so resuming needs no stored state. This module
+knows no data, loss or file.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from torch.optim.adamw import adamw
 from glassgpt.config import TrainConfig
 from glassgpt.errors import UserError
 from glassgpt.model import GPT
-from glassgpt.training.workers import Workers
+from glassgpt.runtime import Workers
 
 
 def learning_rate_at(step: int, config: TrainConfig, done: float | None = None) -> float:
@@ -127,9 +127,9 @@ class Muon(_Optimizer):
     """Momentum whose update is made orthogonal: every direction of a matrix learns at one pace.
 
     For the matrices inside the blocks. Queries, keys and values are matrices of their own, though
-    they share one tensor (`parts`: rows of each). All matrices of a shape are worked on together;
-    `run` may spread the groups over threads. The update of an (m, n) matrix has the spectral norm
-    sqrt(max(1, m / n)), so that one learning rate serves all widths (arXiv:2310.17813).
+    they share one tensor (`parts`: rows of each). All matrices of a shape are worked on together,
+    divided among the `workers` if there are any. The update of an (m, n) matrix has the spectral
+    norm sqrt(max(1, m / n)), so that one learning rate serves all widths (arXiv:2310.17813).
     """
 
     def __init__(
@@ -142,12 +142,12 @@ class Muon(_Optimizer):
         weight_decay: float,
         dtype: torch.dtype,
         scale: float = 1.0,
-        run: Callable[[Sequence[Callable[[], None]]], Any] = lambda calls: [c() for c in calls],
-        threads: int = 1,
+        workers: Workers | None = None,
     ) -> None:
         group = {"lr": lr, "scale": scale, "momentum": momentum, "weight_decay": weight_decay}
         super().__init__([group | {"params": list(parameters)}])
-        self.dtype, self.run = dtype, run
+        self.dtype, self.workers = dtype, workers
+        threads = 1 if workers is None else workers.n
         alike: dict[tuple[int, ...], list[tuple[torch.nn.Parameter, slice]]] = {}
         for parameter, rows in zip(parameters, parts, strict=True):
             self.state[parameter] = {"momentum": torch.zeros_like(parameter)}
@@ -162,7 +162,11 @@ class Muon(_Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:
-        self.run([lambda places=places: self._update(places) for places in self.groups])
+        if self.workers is None:
+            for places in self.groups:
+                self._update(places)
+            return
+        self.workers.results([self.workers.submit(self._update, each) for each in self.groups])
 
     @torch.no_grad()
     def _update(self, places: list[tuple[torch.nn.Parameter, slice]]) -> None:
@@ -204,12 +208,10 @@ def make_optimizers(
     """
     learning = {name: p for name, p in model.named_parameters() if p.requires_grad}
     scales = {name: _scale(name, model.config.n_layer, layer_decay) for name in learning}
-    muons = {
-        name
-        for name, p in learning.items()  # an adapter's matrices (lora.py) have other names
-        if config.optimizer == "muon" and name.startswith("blocks.") and name.endswith("weight")
-        and p.dim() >= 2
-    }  # fmt: skip
+    muons = set()
+    if config.optimizer == "muon":  # an adapter's matrices (finetuning/lora.py) have other names
+        names = [n for n in learning if n.startswith("blocks.") and n.endswith("weight")]
+        muons = {name for name in names if learning[name].dim() >= 2}
     common = {"betas": (config.beta1, config.beta2)}
     groups, optimizers = [], []
     for scale in sorted(set(scales.values()), reverse=True):
@@ -225,11 +227,11 @@ def make_optimizers(
 
 
 def _scale(name: str, n_layer: int, layer_decay: float) -> float:
-    """Of a parameter's learning rate; the head and the norm before it have 1."""
+    """The factor of a parameter's learning rate: 1 for the head and the norm before it."""
     kind, *rest = name.split(".")
-    above = {"blocks": lambda: n_layer - 1 - int(rest[0]), "token_embedding": lambda: n_layer,
-             "position_embedding": lambda: n_layer}  # fmt: skip
-    return layer_decay ** above[kind]() if kind in above else 1.0
+    if kind == "blocks":
+        return layer_decay ** (n_layer - 1 - int(rest[0]))
+    return layer_decay**n_layer if kind in ("token_embedding", "position_embedding") else 1.0
 
 
 def _muon(
@@ -241,7 +243,6 @@ def _muon(
     workers: Workers | None,
 ) -> Muon:
     q, kv = (n * model.config.head_dim for n in (model.config.n_head, model.config.n_kv_head))
-    threads = {} if workers is None else {"run": workers.run, "threads": workers.n}
     return Muon(
         list(hidden.values()),
         [(q, kv, kv) if name.endswith("qkv.weight") else (len(p),) for name, p in hidden.items()],
@@ -250,7 +251,7 @@ def _muon(
         momentum=config.muon_momentum,
         weight_decay=config.weight_decay,
         dtype=torch.bfloat16 if low_precision else torch.float32,
-        **threads,
+        workers=workers,
     )
 
 
@@ -280,8 +281,8 @@ def restore_optimizers(
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             for p in group["params"]:
-                found = {key: tensors[f"{key}.{names[p]}"] for key in _STATE
-                         if f"{key}.{names[p]}" in tensors}  # fmt: skip
+                stored = {key: f"{key}.{names[p]}" for key in _STATE}
+                found = {key: tensors[name] for key, name in stored.items() if name in tensors}
                 if found and isinstance(optimizer, Muon) is not ("momentum" in found):
                     raise UserError("it was trained with another --optimizer; name that one")
                 for key, array in found.items():

@@ -1,6 +1,7 @@
 """Where does a training step's time go here, and how near is it to what the machine can multiply?
 
-    speed = time_steps(model_config, train_config, machine, seconds=5); print(table(speed, peak))
+    speed = time_steps(model_config, train_config, machine, seconds=5)
+    print(step_table(speed, product_peak(machine, speed.precision)))
 
 Real steps on random tokens: batch, forward, backward, optimizer, evaluation. What the machine can
 do at most is measured, too, by large matrix products in the same precision. Ratios against nanoGPT
@@ -10,10 +11,11 @@ are in benchmarks/train_cpu.py.
 from __future__ import annotations
 
 import contextlib
-import statistics
+import dataclasses
+import itertools
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,34 +29,28 @@ from glassgpt.config import ModelConfig, TrainConfig
 from glassgpt.data.batches import TokenFiles
 from glassgpt.data.glance import look_at
 from glassgpt.errors import UserError
-from glassgpt.model import GPT
 from glassgpt.options import resolve_options, split_options
 from glassgpt.reporting.terminal import aligned
 from glassgpt.system import SILENT, Reporter
-from glassgpt.training.optimizers import Optimizer, make_optimizers
-from glassgpt.training.step import Passes
+from glassgpt.training.step import StepSeconds, measure_step, trial_step
 
-_TEXT = 1 << 20  # tokens
-_SIDE = 2048  # of the matrices whose product shows the peak
+_TEXT = 1 << 20  # random tokens, from which the batches are drawn
+_SIDE = 2048  # rows and columns of the matrices whose product shows the peak: large enough for it
 
 
 @dataclass(frozen=True)
 class StepSpeed:
-    """One training step, in seconds; the medians of several."""
+    """How fast a model is trained here."""
 
     model: ModelConfig
     tokens: int  # of a step
     precision: str  # of its products
-    parts: dict[str, float]  # part of the step -> seconds
-    evaluation: float  # of as many tokens as a step has
-
-    @property
-    def seconds(self) -> float:
-        return sum(self.parts.values())
+    seconds: StepSeconds
+    evaluation: float  # seconds, of as many tokens as a step has
 
     @property
     def flops_per_second(self) -> float:
-        return self.tokens * self.model.flops_per_token() / self.seconds
+        return self.tokens * self.model.flops_per_token() / self.seconds.total
 
 
 def bench_train(
@@ -79,7 +75,7 @@ def bench_train(
     reporter.status("measuring training steps")
     speed = time_steps(model, train, machine, seconds=seconds, reporter=reporter)
     reporter.status("measuring matrix products")
-    return table(speed, product_peak(machine, speed.precision))
+    return step_table(speed, product_peak(machine, speed.precision))
 
 
 def time_steps(
@@ -91,62 +87,17 @@ def time_steps(
     reporter: Reporter = SILENT,
 ) -> StepSpeed:
     """Train on random tokens in this process for about `seconds`, three steps at least."""
-    threads = torch.get_num_threads()
-    rows = max(1, round(train.batch_tokens / model.context_length))
-    gpt = GPT(model).to(machine.device)
-    passes = Passes(gpt, train, machine, rows=rows, reporter=reporter)
-    optimizers = make_optimizers(gpt, train, low_precision=passes.precision == "bfloat16",
-                                 workers=passes.workers)  # fmt: skip
-    steps: list[dict[str, float]] = []
-    try:
-        with _random_text(model) as text:
-            batch = text.batch(0, seed=0, n=rows, T=model.context_length)
-            passes.compile(*batch)
-            started = time.monotonic()
-            while len(steps) < 3 or time.monotonic() - started < seconds:
-                steps.append(_step(passes, optimizers, text, len(steps), machine))
-            before = time.perf_counter()
-            passes.losses(*batch)
-            evaluation = time.perf_counter() - before
-    finally:
-        passes.close()
-        torch.set_num_threads(threads)
-    parts = {part: statistics.median(step[part] for step in steps[1:]) for part in steps[0]}
-    return StepSpeed(model, rows * model.context_length, passes.precision, parts, evaluation)
-
-
-def _step(
-    passes: Passes,
-    optimizers: Sequence[Optimizer],
-    text: TokenFiles,
-    number: int,
-    machine: runtime.Machine,
-) -> dict[str, float]:
-    """Seconds of each part of one step."""
-
-    def lap() -> float:
-        nonlocal last
-        if machine.device.type == "cuda":
-            torch.cuda.synchronize()
-        took, last = time.perf_counter() - last, time.perf_counter()
-        return took
-
-    last, parts = time.perf_counter(), {}
-    n, T = passes.rows, passes.model.config.context_length
-    batch = text.batch(number, seed=0, n=n, T=T)
-    parts["data"] = lap()
-    before = np.array(passes.seconds)
-    passes.gradients(*batch, key=number)
-    both, (forward, backward) = lap(), np.array(passes.seconds) - before
-    parts["forward"] = both * forward / (forward + backward)
-    parts["backward"] = both * backward / (forward + backward)
-    torch.nn.utils.clip_grad_norm_(passes.model.parameters(), 1.0, foreach=True)
-    for optimizer in optimizers:
-        optimizer.step()
-        optimizer.zero_grad()
-    passes.weights_changed()
-    parts["optimizer"] = lap()
-    return parts
+    T = model.context_length
+    with trial_step(model, train, machine, reporter) as step, _random_text(model) as text:
+        rows = step.plan.rows
+        batches = (text.batch(i, seed=0, n=rows, T=T) for i in itertools.count())
+        batch = next(batches)
+        step.compile(batch)
+        found = measure_step(step, batches, seconds=seconds, at_least=3)
+        before = time.perf_counter()
+        step.losses(batch)
+        evaluation = time.perf_counter() - before
+    return StepSpeed(model, rows * T, step.plan.precision, found, evaluation)
 
 
 @contextlib.contextmanager
@@ -175,15 +126,15 @@ def product_peak(machine: runtime.Machine, precision: str) -> float:
     return 2 * _SIDE**3 / min(once() for _ in range(12))
 
 
-def table(speed: StepSpeed, peak: float) -> str:
+def step_table(speed: StepSpeed, peak: float) -> str:
     """A line for each part, then what it comes to."""
     rows = [["a step", "ms", "share"]]
-    for part, seconds in speed.parts.items():
-        rows.append([part, f"{1e3 * seconds:,.2f}", f"{seconds / speed.seconds:.0%}"])
-    rows.append(["together", f"{1e3 * speed.seconds:,.2f}", ""])
+    for part, seconds in dataclasses.asdict(speed.seconds).items():
+        rows.append([part, f"{1e3 * seconds:,.2f}", f"{seconds / speed.seconds.total:.0%}"])
+    rows.append(["together", f"{1e3 * speed.seconds.total:,.2f}", ""])
     rows.append([f"evaluation of {speed.tokens:,} tokens", f"{1e3 * speed.evaluation:,.2f}", ""])
     return aligned(rows) + (
-        f"\n{speed.tokens / speed.seconds:,.0f} tokens/s in {speed.precision} · "
+        f"\n{speed.tokens / speed.seconds.total:,.0f} tokens/s in {speed.precision} · "
         f"{speed.flops_per_second / 1e9:,.0f} GFLOP/s, {speed.flops_per_second / peak:.0%} (MFU) "
         f"of the {peak / 1e9:,.0f} that this device reaches in large matrix products"
     )

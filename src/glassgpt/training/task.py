@@ -1,9 +1,9 @@
-"""What a training is for: what it shows of itself on its way, and what is kept of it.
+"""What a training is for: what it shows on its way, and what is kept of it.
 
     task = TextTask(tokenizer, config); print(task.show(model))
 
-The loop in trainer.py asks nothing else of what it trains than "rows in, loss out". What finetuning
-is for stands in finetune_tasks.py.
+The loop knows of what it trains only "rows in, loss out"; the rest it asks a task. Those of
+finetuning are in finetuning/tasks.py.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from glassgpt.checkpoints import run_directory as ckpt
 from glassgpt.config import Sampling, TrainConfig
@@ -24,38 +25,38 @@ from glassgpt.inference.generate import complete
 from glassgpt.model import GPT, load_weights
 from glassgpt.tokenizers.tokenizer import Tokenizer, unknown_note
 
-_SMALL = 20_000_000  # parameters: a copy of them for sampling is no matter
+_SMALL = 20_000_000  # parameters: so few are quickly copied for sampling
 
 
 class TextTask:
     """The next token of a text: it shows what the model writes, and keeps the model."""
 
     verb = "train"
-    try_next = 'sample {run} --prompt "Once upon a time"'  # what to try with it
+    try_next = 'sample {run} --prompt "Once upon a time"'  # verb and options to try with the run
     layer_decay = 1.0
     dropout = 0.0  # beside that of the model
-    loss: dict[str, Any] = {}
+    class_weights: torch.Tensor | None = None  # of the loss, where labels are learned
     per = "token"  # what the loss is the mean of
 
     def __init__(self, tokenizer: Tokenizer, config: TrainConfig) -> None:
         self.tokenizer, self.config = tokenizer, config
 
     def guessing(self, model: GPT) -> tuple[float, str]:
-        """The loss of guessing with equal chance, and its name: a line in the curve."""
+        """The loss of guessing with equal chances, and its label in the loss curve."""
         n = len(model.head.weight)
         return math.log(n), f"guessing: ln({n:,}) = {math.log(n):.2f}"
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint of the training says of it."""
+        """What state.json says of the task."""
         return {"verb": self.verb}
 
     def note(self) -> str | None:
-        """What people should know before it begins."""
+        """A note for people before the training begins."""
         note = unknown_note(self.tokenizer, self.config.sample_prompt or "")
         return f"note: --sample-prompt: {note}" if note else None
 
     def show(self, model: GPT) -> str:
-        """A sample of what it writes now; "" when none is wanted."""
+        """A sample of what the model writes now; "" when none is wanted."""
         if not self.config.sample_tokens:
             return ""
         prompt = self.config.sample_prompt or ""
@@ -65,7 +66,7 @@ class TextTask:
         return prompt + piece.text
 
     def engine(self, model: GPT) -> Engine:
-        """What writes samples; on a CPU, torch takes its time with small models."""
+        """What writes the samples; on a CPU, torch is slow with small models."""
         on_cpu = next(model.parameters()).device.type == "cpu"
         if on_cpu and model.config.n_parameters < _SMALL:
             return NumpyEngine(model.config, self.checkpoint(model, {}).weights)
@@ -83,7 +84,7 @@ class TextTask:
     def to_resume(
         self, model: GPT, info: dict[str, Any]
     ) -> tuple[ckpt.Checkpoint | None, dict[str, np.ndarray]]:
-        """What `restore` needs: a checkpoint, and tensors that it doesn't hold."""
+        """What `restore` needs: a checkpoint, and tensors that are not in it."""
         return self.checkpoint(model, info), {}
 
     def restore(

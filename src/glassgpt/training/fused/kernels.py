@@ -52,7 +52,7 @@ def _narrow(array, x):
 
 
 @_kernel
-def embed(tokens, table, x):
+def embed_tokens(tokens, table, x):
     """Rows of `table` (V, C) for `tokens` (N,) -> x (N, C)"""
     for n in range(len(tokens)):
         for c in range(x.shape[1]):
@@ -60,7 +60,7 @@ def embed(tokens, table, x):
 
 
 @_kernel
-def embed_backward(tokens, dx, dtable):
+def embed_tokens_backward(tokens, dx, dtable):
     for n in range(len(tokens)):
         for c in range(dx.shape[1]):
             dtable[tokens[n], c] += dx[n, c]
@@ -139,8 +139,9 @@ def heads(qkv, q_weight, k_weight, cos, sin, eps, q, k, v, inverse):
 
 
 @_kernel
-def heads_backward(dq, dk, dv, qkv, q_weight, k_weight, cos, sin, inverse, dqkv, dq_weight,
-                   dk_weight):  # fmt: skip
+def heads_backward(
+    dq, dk, dv, qkv, q_weight, k_weight, cos, sin, inverse, dqkv, dq_weight, dk_weight
+):
     """dq, dk, dv (B, H, T, D) -> dqkv (N, 3HD); adds to the gradients of the norms' weights."""
     B, H, T, D = dq.shape
     half, x, g = D // 2, np.empty(D, np.float32), np.empty(D, np.float32)
@@ -175,7 +176,7 @@ def heads_backward(dq, dk, dv, qkv, q_weight, k_weight, cos, sin, inverse, dqkv,
 
 
 @_kernel
-def softmax(scores, scale, pattern):
+def causal_softmax(scores, scale, pattern):
     """scores (B * H, T, T) -> pattern: rows over what came before sum to 1, the rest is 0."""
     T = scores.shape[1]
     row = np.empty(T, np.float32)
@@ -196,7 +197,7 @@ def softmax(scores, scale, pattern):
 
 
 @_kernel
-def softmax_backward(pattern, dpattern, scale):
+def causal_softmax_backward(pattern, dpattern, scale):
     """dpattern (B * H, T, T) becomes the gradient of the scores, in place."""
     T = pattern.shape[1]
     for i in range(len(pattern)):

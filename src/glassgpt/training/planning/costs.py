@@ -1,45 +1,43 @@
-"""What a training costs before it is begun: memory by part, arithmetic, time, and what GPUs have.
+"""What a training costs before it is begun: memory by part, arithmetic and time.
 
-    memory(model, train, device="cuda").total < find_card("A100").memory
+    plan = StepPlan.decide(model, train, machine); memory(model, train, plan).total
 
-The formulas follow the code, tensor by tensor: passes.py says which way a step goes, fused/step.py
-and model.py what it keeps, optim.py and checkpoint.py what they copy. benchmarks/memory.py holds
-them against measured peaks. This room does arithmetic on configs; it knows no tensor and no file.
+The formulas follow the code tensor by tensor: the step's plan (training/step.py) says how a step is
+taken, model.py and fused/step.py what it keeps, optimizers.py and run_directory.py what they copy.
+benchmarks/memory.py compares them with measured peaks. This module does arithmetic on configs; it
+knows no tensor and no file.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
 
 from glassgpt.config import ModelConfig, TrainConfig
-
-# Every thread holds a gradient of the whole model: beyond this many numbers in all (1 GB), the
-# model is large enough for torch's own way of using several cores to be the better one.
-_MOST_GRADIENTS = 250_000_000
-_LONGEST_FUSED = 1024  # positions
-FUSED_LOGITS = 1 << 22  # numbers at a time: large vocabularies never fill the memory
-CHUNK_LOGITS = 1 << 26  # of autograd's loss; in float32 256 MB, and up to three such tensors
-EVAL_LOGITS = 1 << 24  # numbers per evaluation batch: large batches are fast, but must fit
+from glassgpt.runtime import Machine
+from glassgpt.training.fused.step import FUSED_LOGITS
+from glassgpt.training.loss import CHUNK_LOGITS
+from glassgpt.training.step import EVAL_LOGITS, StepPlan, rows_per_process
 
 _MiB = 1 << 20
-# Measured with torch 2.13: what it loads when it is used; Numba with the compiled kernels.
-_OPTIMIZER_CODE, _KERNEL_CODE = 128 * _MiB, 50 * _MiB
-_PACKING = 0.15  # of the rooms of fused steps, for torch's products, which pack what they read
-_TOKENIZER = 400  # bytes for each token, by which name it goes
-_GPU_CONTEXT = 600 * _MiB  # CUDA's, cuBLAS's workspace
-# glibc keeps smaller blocks for later when they are freed, with gaps between them (measured);
-# larger ones go back to the system at once. torch's allocator on a GPU keeps and rounds all.
+# Bytes of code, measured with torch 2.13: what torch loads when the optimizer steps; Numba with the
+# compiled kernels.
+_OPTIMIZER_CODE, _KERNEL_CODE = 40 * _MiB, 138 * _MiB
+_PACKING = 0.15  # share of the fused step's memory: torch's products pack what they read
+_TOKENIZER = 400  # bytes for each token of the vocabulary
+_GPU_CONTEXT = 600 * _MiB  # bytes of CUDA's context and cuBLAS's workspace
+# glibc keeps freed blocks below 32 MiB for later, with gaps between them (a share of them,
+# measured), and gives larger ones back to the system. On a GPU, torch's allocator keeps and rounds
+# all.
 _LARGE_BLOCK, _GAPS, _GPU_GAPS = 32 * _MiB, 0.2, 0.05
 
+Sizes = list[float]  # bytes of the tensors that exist together at one moment
 
-# -- time ----------------------------------------------------------------------------------------
 
-
-def seconds(model: ModelConfig, tokens: float, *, flops: float, mfu: float) -> float:
+def training_seconds(model: ModelConfig, tokens: float, *, flops: float, mfu: float) -> float:
     """Of training on so many tokens with `flops` per second at best, of which the share `mfu`
     (model FLOPs utilisation; PaLM, arXiv:2204.02311, appendix B) is reached."""
     return tokens * model.flops_per_token() / (flops * mfu)
@@ -59,75 +57,9 @@ def parameters_by_part(model: ModelConfig) -> dict[str, int]:
     return parts
 
 
-# -- the way of a step ---------------------------------------------------------------------------
-
-
-class Way(NamedTuple):
-    """How passes.py takes a step: by the fused kernels or by autograd, on how many threads."""
-
-    fused: bool
-    workers: int  # threads that take a share of the rows; with 1, torch splits each operation
-    rows: int  # of one process in a step
-    at_once: int  # rows whose activations are held together
-    width: Literal[2, 4]  # bytes of the numbers that matrix products read
-    recompute: bool = False  # of a block only its input is kept
-
-
-def useful_workers(threads: int, rows: int, n_parameters: int) -> int:
-    """How many workers pay: no more than rows or cores, and none for a large model."""
-    n = min(threads, rows)
-    return n if n * n_parameters <= _MOST_GRADIENTS else 1
-
-
-def is_fusible(model: ModelConfig) -> bool:
-    """Does fused/step.py know this shape? It keeps the scores of all pairs of positions, which for
-    long contexts are more than the memory saved elsewhere."""
-    modern = model.family == "qwen3" and model.n_kv_head == model.n_head
-    return modern and model.n_layer > 0 and model.context_length <= _LONGEST_FUSED
-
-
-def rows_per_process(model: ModelConfig, train: TrainConfig, world: int = 1) -> int:
-    return max(1, round(train.batch_tokens / model.context_length / world))
-
-
-def way(
-    model: ModelConfig,
-    train: TrainConfig,
-    *,
-    device: Literal["cpu", "cuda"],
-    threads: int = 1,
-    world: int = 1,
-    kernels: bool = True,
-    bfloat16: bool = True,
-) -> Way:
-    """What `Passes` will do. `kernels`: Numba is there; `bfloat16`: the processor multiplies it
-    (on a GPU: 16-bit products are the default)."""
-    rows = rows_per_process(model, train, world)
-    at_once = min(train.micro_batch_size or rows, rows)
-    wide = train.dtype in ("auto", "float32")
-    autograd = Way(False, 1, rows, at_once, 4 if wide else 2, train.recompute)
-    if device != "cpu":
-        return autograd._replace(width=2 if bfloat16 and train.dtype != "float32" else 4)
-    if world > 1 or train.compile == "on":
-        return autograd
-    n = useful_workers(threads, at_once, model.n_parameters)
-    if (
-        is_fusible(model)
-        and kernels
-        and train.dtype != "float16"
-        and (n > 1 or threads == 1 or rows == 1)
-    ):
-        low = train.dtype == "bfloat16" or (train.dtype == "auto" and bfloat16)
-        return Way(True, n, rows, at_once, 2 if low else 4)
-    return autograd if model.dropout else autograd._replace(workers=n)
-
-
-# -- memory --------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of a training process at its peak, above what it has before it makes a model.
+    """Bytes of a training process at its peak, beyond what it has before it makes a model.
 
     On a GPU, of its memory; on a CPU, resident. `gradients`: one for each thread.
     """
@@ -135,7 +67,7 @@ class Memory:
     weights: int
     gradients: int
     optimizer: int
-    activations: int  # kept from forward to backward, beyond the place of gradients not yet there
+    activations: int  # of a step, beyond the place of gradients that are not there yet
     other: int  # low-precision copies; what evaluating or saving takes beyond a step; code; gaps
 
     @property
@@ -143,103 +75,70 @@ class Memory:
         return self.weights + self.gradients + self.optimizer + self.activations + self.other
 
 
-class _Blocks:
-    """Bytes in small and in large blocks, since those have different fates when they are freed."""
+def memory(model: ModelConfig, train: TrainConfig, plan: StepPlan) -> Memory:
+    """The peak of a process that trains by `plan`, evaluates and saves.
 
-    def __init__(self, sizes: Iterable[float] = (), times: int = 1) -> None:
-        self.small = self.large = 0.0
-        for size in sizes:
-            if size < _LARGE_BLOCK:
-                self.small += size * times
-            else:
-                self.large += size * times
-
-    def __add__(self, other: _Blocks) -> _Blocks:
-        both = _Blocks()
-        both.small, both.large = self.small + other.small, self.large + other.large
-        return both
-
-    def __or__(self, other: _Blocks) -> _Blocks:
-        """Room for either."""
-        most = _Blocks()
-        most.small, most.large = max(self.small, other.small), max(self.large, other.large)
-        return most
-
-    @property
-    def total(self) -> float:
-        return self.small + self.large
-
-
-def memory(
-    model: ModelConfig,
-    train: TrainConfig,
-    *,
-    device: Literal["cpu", "cuda"] = "cpu",
-    threads: int = 1,
-    world: int = 1,
-    kernels: bool = True,
-    bfloat16: bool = True,
-) -> Memory:
-    """The peak of a process that trains, evaluates and saves; options as in `way`.
-
-    Sums what is there together in the most demanding moment. A GPU's peak counts no copies that
-    saving makes, which are the host's.
+    Weights, optimizer, copies and reserved memory are always there; to them comes what exists in
+    the most demanding moment. A GPU's peak counts no copies that saving makes, which the host has.
     """
-    how = way(model, train, device=device, threads=threads, world=world, kernels=kernels,
-              bfloat16=bfloat16)  # fmt: skip
-    numbers, on_gpu = [math.prod(shape) for shape in model.weight_shapes.values()], device != "cpu"
+    on_gpu = plan.device != "cpu"
+    numbers = [math.prod(shape) for shape in model.weight_shapes.values()]
     weights, optimizer = 4 * sum(numbers), _optimizer_bytes(model, train)
-    gradients = _Blocks((4 * n for n in numbers), how.workers)
-    rooms, step = 0, _autograd_step(model, how, gradients, on_gpu)
-    if how.fused:
-        rooms, step = how.workers * _room_bytes(model, how), _fused_step(model, how, gradients)
-    moments = [step, _evaluation(model, how)]
-    if train.optimizer == "muon":
-        one = _Blocks(4 * n for n in numbers)  # the other threads' are added to it by now
-        moments.append(one + _muon(model, how, on_gpu))
-    if not on_gpu:
-        moments.append(_saving(model, optimizer))
-    peak = _Blocks()
-    for moment in moments:
-        peak |= moment
-    matrices = sum(math.prod(s) for s in model.weight_shapes.values() if len(s) > 1)
-    copies = how.width * matrices if how.fused or how.width == 2 else 0
-    if world > 1:
-        copies += 4 * sum(numbers)  # DistributedDataParallel's buckets
-    if on_gpu:
-        worst = max(moment.total for moment in moments)
-        extra = _GPU_CONTEXT + _GPU_GAPS * (weights + optimizer + worst)
+    gradients = [4.0 * n for n in numbers] * plan.workers
+    if plan.fused:
+        reserved = plan.workers * workspace_bytes(model, plan)
+        step = {"a fused step": gradients + _head_gradient(model, plan)}
     else:
-        worst = peak.total
-        extra = _OPTIMIZER_CODE + how.fused * _KERNEL_CODE + _TOKENIZER * model.vocab_size
-        extra += _GAPS * peak.small + _PACKING * rooms
-    held = round(gradients.total)
-    activations = rooms + max(0, round(step.total) - held)
-    other = round(copies + extra + worst) - (activations - rooms) - held
-    return Memory(weights, held, optimizer, activations, max(0, other))
+        reserved, step = 0, _autograd_moments(model, plan, gradients)
+    moments = step | _evaluation_moments(model, plan)
+    if train.optimizer == "muon":
+        one = gradients[: len(numbers)]  # the other threads' are added to it by now
+        for name, sizes in _muon_moments(model, plan).items():
+            moments[name] = one + sizes
+    if not on_gpu:
+        moments |= _saving_moments(model, optimizer)
+    matrices = sum(math.prod(s) for s in model.weight_shapes.values() if len(s) > 1)
+    fixed = plan.width * matrices if plan.fused or plan.width == 2 else 0.0
+    if plan.world > 1:
+        fixed += weights  # DistributedDataParallel's buckets
+    peak, of_step, held = _peak(moments), _peak(step), round(sum(gradients))
+    if on_gpu:
+        fixed += _GPU_CONTEXT + _GPU_GAPS * (weights + optimizer + peak)
+    else:
+        small = max(_in_blocks_of(sizes, small=True) for sizes in moments.values())
+        fixed += _OPTIMIZER_CODE + plan.fused * _KERNEL_CODE + _TOKENIZER * model.vocab_size
+        fixed += _GAPS * small + _PACKING * reserved
+    beyond = max(0, round(of_step) - held)
+    other = max(0, round(fixed + peak) - held - beyond)
+    return Memory(weights, held, optimizer, reserved + beyond, other)
+
+
+def _peak(moments: dict[str, Sizes]) -> float:
+    """Bytes at most. Small blocks stay with the process when they are freed, so that the most of
+    them adds to the most of the large ones, whenever that is."""
+    return sum(max(_in_blocks_of(s, small) for s in moments.values()) for small in (True, False))
+
+
+def _in_blocks_of(sizes: Sizes, small: bool) -> float:
+    return sum(size for size in sizes if (size < _LARGE_BLOCK) is small)
 
 
 def largest_micro_batch(
-    model: ModelConfig, train: TrainConfig, room: int, **place: Any
+    model: ModelConfig, train: TrainConfig, machine: Machine, room: int
 ) -> int | None:
-    """The most sequences at a time whose training fits in `room` bytes; None: not even one.
-
-    `place`: the options of `memory`.
-    """
-
-    def fits(rows: int) -> bool:
-        asked = dataclasses.replace(train, micro_batch_size=rows)
-        return memory(model, asked, **place).total <= room
-
-    low, high = 0, rows_per_process(model, train, place.get("world", 1))
+    """The most sequences at a time whose training fits in `room` bytes; None: not even one."""
+    low, high = 0, rows_per_process(model, train, machine.world)
     while low < high:
         middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+        fewer = dataclasses.replace(train, micro_batch_size=middle)
+        plan = StepPlan.decide(model, fewer, machine)
+        fits = memory(model, fewer, plan).total <= room
+        low, high = (middle, high) if fits else (low, middle - 1)
     return low or None
 
 
-def _in_blocks(model: ModelConfig) -> list[tuple[int, int]]:
-    """Matrices of the blocks as Muon sees them: queries, keys and values are its own each."""
+def _matrices_in_blocks(model: ModelConfig) -> list[tuple[int, int]]:
+    """As Muon sees them: queries, keys and values are matrices of their own."""
     q, kv = model.n_head * model.head_dim, model.n_kv_head * model.head_dim
     found: list[tuple[int, int]] = []
     for name, shape in model.weight_shapes.items():
@@ -252,69 +151,80 @@ def _in_blocks(model: ModelConfig) -> list[tuple[int, int]]:
 
 def _optimizer_bytes(model: ModelConfig, train: TrainConfig) -> int:
     """AdamW keeps two float32 moments, Muon one for the matrices in the blocks."""
-    hidden = sum(map(math.prod, _in_blocks(model))) if train.optimizer == "muon" else 0
+    muon = train.optimizer == "muon"
+    hidden = sum(map(math.prod, _matrices_in_blocks(model))) if muon else 0
     return 8 * (model.n_parameters - hidden) + 4 * hidden
 
 
-def _muon(model: ModelConfig, how: Way, on_gpu: bool) -> _Blocks:
-    """Temporaries of `Muon._update` for the most numerous shape, divided among the workers."""
-    alike: dict[tuple[int, int], int] = {}
-    for shape in _in_blocks(model):
-        alike[shape] = alike.get(shape, 0) + 1
-    width, most = how.width if on_gpu or how.fused else 4, _Blocks()
-    for (rows, columns), count in alike.items():
+# -- moments beside the step ---------------------------------------------------------------------
+
+
+def _muon_moments(model: ModelConfig, plan: StepPlan) -> dict[str, Sizes]:
+    """Temporaries of `Muon._update` for each shape of matrix, divided among the workers."""
+    moments = {}
+    width = plan.width if plan.device != "cpu" or plan.fused else 4
+    for (rows, columns), count in Counter(_matrices_in_blocks(model)).items():
         numbers, gram = rows * columns * count, min(rows, columns) ** 2 * count
         # gradients, momenta and their blend, normalised; then two of x and two of its Gram matrix
         sizes = [4 * numbers] * 3 + [width * numbers] + [width * gram] * 2
-        most |= _Blocks((size / how.workers for size in sizes), how.workers)
-    return most
+        shared = [size / plan.workers for size in sizes] * plan.workers
+        moments[f"Muon, {count} matrices of {rows} x {columns}"] = shared
+    return moments
 
 
-def _saving(model: ModelConfig, optimizer: int) -> _Blocks:
+def _saving_moments(model: ModelConfig, optimizer: int) -> dict[str, Sizes]:
     """safetensors builds a file in memory and hands over a copy of it (tensors.py)."""
     turned = 0
     if model.family == "gpt2":  # OpenAI's matrices are transposed
-        turned = 4 * sum(map(math.prod, _in_blocks(model)))
+        turned = 4 * sum(map(math.prod, _matrices_in_blocks(model)))
     weights = 4 * model.n_parameters
-    return _Blocks([turned, weights, weights]) | _Blocks([optimizer, optimizer])
+    return {
+        "saving the model": [turned, weights, weights],
+        "saving the optimizer": [optimizer, optimizer],
+    }
 
 
-def _evaluation(model: ModelConfig, how: Way) -> _Blocks:
+def _evaluation_moments(model: ModelConfig, plan: StepPlan) -> dict[str, Sizes]:
     """model.py without gradients: the widest moment of a block, or the logits and their softmax."""
     T, V, C, F = model.context_length, model.vocab_size, model.n_embd, model.n_hidden
-    rows = max(how.at_once, min(4 * how.at_once, EVAL_LOGITS // (T * V)))
-    tokens = math.ceil(rows / how.workers) * T
+    at_once = plan.micro_batch_size
+    rows = max(at_once, min(4 * at_once, EVAL_LOGITS // (T * V)))
+    tokens = math.ceil(rows / plan.workers) * T
     hidden = 3 if model.activation == "swiglu" else 2
-    block = _Blocks([4 * tokens * C] * 3 + [4 * tokens * F] * hidden, how.workers)
-    return block | _Blocks([4 * tokens * V] * 2, how.workers)
+    block = [4.0 * tokens * C] * 3 + [4.0 * tokens * F] * hidden
+    logits = [4.0 * tokens * V] * 2
+    return {"evaluation, MLP": block * plan.workers, "evaluation, logits": logits * plan.workers}
 
 
 # -- a step by autograd --------------------------------------------------------------------------
 
 
-def _autograd_step(model: ModelConfig, how: Way, gradients: _Blocks, on_gpu: bool) -> _Blocks:
-    """Activations and gradients together: at the start of the backward pass, or at its end."""
-    C, F, V = model.n_embd, model.n_hidden, model.vocab_size
-    tokens = math.ceil(how.at_once / how.workers) * model.context_length
-    per_block = [tokens * size for size in _saved(model, how.width, on_gpu)]
-    if how.recompute:  # of a block its input, and one block's all while it is done again
-        per_block = [4 * tokens * C] + [size / model.n_layer for size in per_block]
-    stream = [4 * tokens * C] * (3 if model.norm == "rmsnorm" else 2)
+def _autograd_moments(model: ModelConfig, plan: StepPlan, gradients: Sizes) -> dict[str, Sizes]:
+    """Activations and gradients together: at the start of the backward pass, and at its end."""
+    C, F, V, on_gpu = model.n_embd, model.n_hidden, model.vocab_size, plan.device != "cpu"
+    tokens = math.ceil(plan.micro_batch_size / plan.workers) * model.context_length
+    kept: Sizes = [tokens * size for size in saved_per_token(model, plan.width, on_gpu)]
+    if plan.recompute:  # of a block its input, and one block's all while it is done again
+        kept = [4 * tokens * C] + [size / model.n_layer for size in kept]
     rows = _rows_of_logits(tokens, V)
-    # What the way back needs at first: two gradients of the logits, or those of a block.
-    turn = _Blocks([4 * rows * V] * 2) | _Blocks([4 * tokens * C, how.width * tokens * F] * 2)
-    if rows < tokens:  # then gradients of the head are made in the forward pass
-        turn = turn + _Blocks([4 * V * C, 4 * tokens * C])
-    if model.dropout and not on_gpu:
-        turn |= _Blocks([4 * tokens * model.n_head * model.context_length] * 3)
-    kept = _Blocks(per_block, model.n_layer) + _Blocks([*stream, 4 * rows * V]) + turn
-    start = _Blocks()
-    for _ in range(how.workers):
-        start += kept
+    stream = [4 * tokens * C] * (3 if model.norm == "rmsnorm" else 2)
+    kept = kept * model.n_layer + stream + [4 * rows * V]
     # The head's gradient waits for the one of the embedding, which is the same table.
-    table = _Blocks([4 * V * C], how.workers)
-    start, end = start + table, gradients + table + table
-    return (start + gradients if how.rows > how.at_once else start) | end
+    table: Sizes = [4 * V * C]
+    accumulated = gradients if plan.rows > plan.micro_batch_size else []
+    # What the backward pass needs at first: two gradients of the logits, or those of a block.
+    logits: Sizes = [4 * rows * V] * 2
+    block: Sizes = [4 * tokens * C, plan.width * tokens * F] * 2
+    if rows < tokens:  # then gradients of the head are made in the forward pass
+        logits, block = (each + [4 * V * C, 4 * tokens * C] for each in (logits, block))
+    first = {"logits": logits, "block": block}
+    if model.dropout and not on_gpu:
+        first["dropped pattern"] = [4 * tokens * model.n_head * model.context_length] * 3
+    moments = {
+        f"backward begins, {name}": (kept + sizes + table) * plan.workers + accumulated
+        for name, sizes in first.items()
+    }
+    return moments | {"backward ends": gradients + table * 2 * plan.workers}
 
 
 def _rows_of_logits(tokens: int, V: int) -> int:
@@ -325,8 +235,8 @@ def _rows_of_logits(tokens: int, V: int) -> int:
     return rows
 
 
-def _saved(model: ModelConfig, width: int, on_gpu: bool) -> list[int]:
-    """Bytes per token of every tensor that a block keeps for the way back.
+def saved_per_token(model: ModelConfig, width: int, on_gpu: bool) -> Sequence[int]:
+    """Bytes per token of every tensor that a block keeps for the backward pass.
 
     Counted with torch's hooks for saved tensors. torch.compile keeps less: it computes cheap
     things again.
@@ -355,16 +265,16 @@ def _saved(model: ModelConfig, width: int, on_gpu: bool) -> list[int]:
 # -- a fused step --------------------------------------------------------------------------------
 
 
-def _fused_step(model: ModelConfig, how: Way, gradients: _Blocks) -> _Blocks:
-    """Gradients, and the head's on its way to them: rounded, then as float32."""
+def _head_gradient(model: ModelConfig, plan: StepPlan) -> Sizes:
+    """Of every thread, before it is added to the gradients: rounded, then as float32."""
     head = model.vocab_size * model.n_embd
-    return gradients + _Blocks([how.width * head, 4 * head], how.workers)
+    return [plan.width * head, 4 * head] * plan.workers
 
 
-def _room_bytes(model: ModelConfig, how: Way) -> int:
-    """`_Rooms` of one thread: reserved once, kept to the end."""
-    C, F, H, T, w = model.n_embd, model.n_hidden, model.n_head, model.context_length, how.width
-    tokens, heads = math.ceil(how.at_once / how.workers) * T, H * model.head_dim
+def workspace_bytes(model: ModelConfig, plan: StepPlan) -> int:
+    """`Workspace` of one thread: reserved once, kept to the end."""
+    C, F, H, T, w = model.n_embd, model.n_hidden, model.n_head, model.context_length, plan.width
+    tokens, heads = math.ceil(plan.micro_batch_size / plan.workers) * T, H * model.head_dim
     kept = 8 * (C + 1 + H) + w * (2 * C + 7 * heads + H * T + 3 * F)
     shared = 8 * C + 4 + w * (4 * C + 8 * heads + 2 * H * T + 3 * F)
     rows = max(1, min(tokens, FUSED_LOGITS // model.vocab_size))

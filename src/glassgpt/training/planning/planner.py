@@ -1,18 +1,19 @@
 """What would it cost to train this here, or on those GPUs? Size, memory, time and money of a run.
 
-    print(table(make_plan(["book.txt"], preset="shakespeare-char", gpu="A100", price=1.8)))
+    print(plan_table(make_plan(["book.txt"], preset="shakespeare-char", gpu="A100", price=1.8)))
     options, expected = plan_budget({"budget": "5m"}, dataset, machine, began=time.monotonic())
 
-costs.py does the arithmetic, budget.py has the rule; this room fills in what only a machine or a
-text can say: how long a step takes here, how much memory there is, how many tokens. It trains
-nothing and writes nothing.
+costs.py does the arithmetic, budget.py has the rule. This module adds what only a machine or a text
+can tell: how long a step takes here, how much memory there is, how many tokens. It trains nothing
+and writes nothing.
 """
 
 from __future__ import annotations
 
 import bz2
+import contextlib
 import dataclasses
-import statistics
+import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,29 +28,33 @@ from glassgpt.config import ModelConfig, TrainConfig
 from glassgpt.data.batches import Dataset, TokenFiles
 from glassgpt.data.glance import Text, look_at
 from glassgpt.errors import UserError
-from glassgpt.model import GPT
 from glassgpt.options import names_of, resolve_options, split_options
 from glassgpt.reporting.run_log import Expectation
 from glassgpt.reporting.terminal import format_seconds
 from glassgpt.runtime import Card, find_card
 from glassgpt.system import SILENT, Reporter, bytes_of, free_memory, peak_memory, seconds_of
-from glassgpt.training.fused.step import can_fuse, multiplies_bfloat16
-from glassgpt.training.optimizers import Optimizer, make_optimizers
 from glassgpt.training.planning import budget
 from glassgpt.training.planning.costs import (
     Memory,
     largest_micro_batch,
     memory,
     parameters_by_part,
-    rows_per_process,
-    seconds,
+    training_seconds,
 )
-from glassgpt.training.step import Passes
+from glassgpt.training.step import (
+    StepPlan,
+    StepSeconds,
+    TrainingStep,
+    measure_step,
+    rows_per_process,
+    trial_step,
+)
 
-# Of a card's arithmetic, where nobody says: nanoGPT's four days for GPT-2 on 8 A100 are 29 %.
+# Share of a card's arithmetic that is assumed where nobody names one: nanoGPT's four days for GPT-2
+# on 8 A100 are 29 %.
 USUAL_MFU = 0.3
-_CALIBRATION_SHARE, _SHORTEST_TRY = 0.02, 0.25  # of the budget, seconds; for measuring a shape
-_LOOKED_AT = 200_000  # tokens, to see how hard the text is
+_CALIBRATION_SHARE, _SHORTEST_TRY = 0.02, 0.25  # of the budget; seconds: to measure one shape
+_LOOKED_AT = 200_000  # tokens that are compressed, to see how hard the text is to predict
 _FORWARD = 0.45  # of a training step's time, for an evaluation of as many tokens
 _ROUND_ABOUT = 2.5  # seconds for all that is neither step nor evaluation
 
@@ -111,21 +116,33 @@ def make_plan(
     if gpu is None:
         return _plan_here(model, train, text, price, reporter)
     card, world, share = find_card(gpu), gpus or 1, mfu or USUAL_MFU
-    place: dict[str, Any] = {"device": "cuda", "world": world}
+    dtype = torch.float32 if train.dtype == "float32" else torch.bfloat16
+    machine = runtime.Machine(torch.device("cuda"), dtype, world=world)
     tokens = rows_per_process(model, train, world) * world * model.context_length
-    took = seconds(model, tokens, flops=card.flops * world, mfu=share)
+    took = training_seconds(model, tokens, flops=card.flops * world, mfu=share)
     assumed = f"{share:.0%} of {card.flops / 1e12:,.0f} TFLOP/s, assumed"
-    fitting = largest_micro_batch(model, train, card.memory, **place)
-    return Plan(model, train, text, world, f"{world} x {card.name}", card,
-                memory(model, train, **place), card.memory, fitting, took, assumed,
-                price)  # fmt: skip
+    return Plan(
+        model,
+        train,
+        text,
+        world,
+        f"{world} x {card.name}",
+        card,
+        memory(model, train, StepPlan.decide(model, train, machine)),
+        card.memory,
+        largest_micro_batch(model, train, machine, card.memory),
+        took,
+        assumed,
+        price,
+    )
 
 
 def _check(gpu: str | None, gpus: int | None, mfu: float | None, price: float | None) -> None:
     if gpu is None and (gpus is not None or mfu is not None):
         name, value = ("gpus", gpus) if gpus is not None else ("mfu", mfu)
-        raise UserError(f"{name}={value} needs --gpu, the name of a card; without it this "
-                        "machine is measured")  # fmt: skip
+        raise UserError(
+            f"{name}={value} needs --gpu, the name of a card; without it this machine is measured"
+        )
     if gpus is not None and gpus < 1:
         raise UserError(f"gpus={gpus} must be at least 1")
     if mfu is not None and not 0 < mfu <= 1:
@@ -138,31 +155,17 @@ def _plan_here(
     model: ModelConfig, train: TrainConfig, text: Text, price: float | None, reporter: Reporter
 ) -> Plan:
     machine = runtime.start(train)
-    place, room = where_we_are(machine), room_here(machine)
-    need = memory(model, train, **place)
+    need, room = memory(model, train, StepPlan.decide(model, train, machine)), room_here(machine)
     fitting, took = 1, None
     if room is not None:
-        fitting = largest_micro_batch(model, train, room, **place)
+        fitting = largest_micro_batch(model, train, machine, room)
     if room is None or need.total <= room:
         took = calibrate(model, train, machine, reporter)
-    return Plan(model, train, text, 1, str(machine.device), None, need, room, fitting, took,
-                "measured", price)  # fmt: skip
+    where, measured = str(machine.device), "measured"
+    return Plan(model, train, text, 1, where, None, need, room, fitting, took, measured, price)
 
 
 # -- this machine --------------------------------------------------------------------------------
-
-
-def where_we_are(machine: runtime.Machine) -> dict[str, Any]:
-    """What `costs.memory` wants to know of a machine."""
-    on_cpu = machine.device.type == "cpu"
-    known = ModelConfig.from_shape("modern", vocab_size=2)
-    return {
-        "device": "cpu" if on_cpu else "cuda",
-        "threads": torch.get_num_threads(),
-        "world": machine.world,
-        "kernels": on_cpu and can_fuse(known),
-        "bfloat16": multiplies_bfloat16() if on_cpu else machine.dtype != torch.float32,
-    }
 
 
 def room_here(machine: runtime.Machine) -> int | None:
@@ -182,64 +185,32 @@ def calibrate(
 ) -> float:
     """Seconds that a step of this training takes here, from a few real ones on random tokens.
 
-    Few rows are slower, each, than many, so as many are measured as there is time for, and the
-    rest is in proportion. Takes about `budget` seconds and what compiling takes, or as long as one
+    Few rows are slower, each, than many, so as many are measured as there is time for; more take
+    longer in proportion. Takes about `budget` seconds and what compiling takes, or as long as one
     pass of a row for each thread.
     """
     reporter.status("measuring a few steps")
-    threads, rows = torch.get_num_threads(), rows_per_process(model, train, machine.world)
-    gpt = GPT(model).to(machine.device)
-    passes = Passes(gpt, train, machine, rows=rows, reporter=reporter)
-    try:
-        optimizers = make_optimizers(gpt, train, workers=passes.workers,
-                                     low_precision=passes.precision == "bfloat16")  # fmt: skip
-        tokens = np.random.default_rng(0).integers(
-            model.vocab_size, size=(passes.micro_batch_size, model.context_length)
-        )
-        passes.compile(tokens, tokens)
-        few = len(tokens) if passes.compiled else min(len(tokens), len(passes.steps))
+    with contextlib.closing(reporter), trial_step(model, train, machine, reporter) as step:
+        most, started = step.plan.micro_batch_size, time.monotonic()
+        size = (most, model.context_length)
+        tokens = np.random.default_rng(0).integers(model.vocab_size, size=size)
+        step.compile((tokens, tokens))
+        few = most if step.compiled else min(most, len(step.steps))
         started = time.monotonic()
-        times = _time_steps(passes, optimizers, tokens[:few], 0.0)
-        while few < len(tokens):
-            more = min(4 * few, len(tokens))
-            if time.monotonic() - started + 2 * sum(times) * more / few > 1.25 * budget:
+        times = _time_rows(step, tokens[:few], 0.0)
+        while few < most:
+            more = min(4 * few, most)
+            if time.monotonic() - started + 2 * times.total * more / few > 1.25 * budget:
                 break
             few = more
-            times = _time_steps(passes, optimizers, tokens[:few], 0.0)
-        if (left := budget - (time.monotonic() - started)) > sum(times):
-            times = _time_steps(passes, optimizers, tokens[:few], left)
-    finally:
-        passes.close()
-        reporter.close()
-        torch.set_num_threads(threads)  # Passes may have left one to each of its workers
-    backward, update = times
-    return backward * rows / few + update
+            times = _time_rows(step, tokens[:few], 0.0)
+        if (left := budget - (time.monotonic() - started)) > times.total:
+            times = _time_rows(step, tokens[:few], left)
+    return (times.forward + times.backward) * step.plan.rows / few + times.optimizer
 
 
-def _time_steps(
-    passes: Passes, optimizers: Sequence[Optimizer], tokens: np.ndarray, budget: float
-) -> tuple[float, float]:
-    """Medians, in seconds, of a pass over these rows and of the update behind it.
-
-    As often as fits in the budget, but once, behind a first time that fills the caches; as in
-    `Trainer._train_step`, where nothing is read.
-    """
-    passes.rows, backward, update = len(tokens), [], []
-    started = time.perf_counter()
-    while len(update) < 2 or time.perf_counter() - started < budget:
-        before = time.perf_counter()
-        passes.gradients(tokens, tokens).item()  # waits for a GPU
-        between = time.perf_counter()
-        parameters = list(passes.model.parameters())
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0, foreach=True)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-        passes.weights_changed()
-        parameters[0].flatten()[0].item()
-        backward.append(between - before)
-        update.append(time.perf_counter() - between)
-    return statistics.median(backward[1:]), statistics.median(update[1:])
+def _time_rows(step: TrainingStep, tokens: np.ndarray, seconds: float) -> StepSeconds:
+    return measure_step(step, itertools.repeat((tokens, tokens)), seconds=seconds)
 
 
 # -- a budget -----------------------------------------------------------------------------------
@@ -269,46 +240,56 @@ def plan_budget(
     fixed |= {name: given[name] for name in {"shape", *names_of(ModelConfig)} & set(given)}
     assert isinstance(data.train, TokenFiles)
     text = _look_into(data.train, data.tokenizer.vocab_size)
-    measured: dict[ModelConfig, float] = {}
-
-    def complete(model: ModelConfig, train: dict[str, Any]) -> tuple[ModelConfig, TrainConfig]:
-        wanted = {**train, **given}
-        own = {name: wanted[name] for name in names_of(TrainConfig) & set(wanted)}
-        return dataclasses.replace(model, dropout=wanted["dropout"]), TrainConfig(**own)
-
-    def measure(model: ModelConfig, train: dict[str, Any]) -> float:
-        reporter.status(f"measuring {model.n_layer} layers, {model.n_embd} wide")
-        model, config = complete(model, train)
-        enough = max(_SHORTEST_TRY, _CALIBRATION_SHARE * total)
-        took = calibrate(model, config, alone, reporter, budget=enough)
-        tokens = rows_per_process(model, config) * model.context_length
-        return took / tokens / machine.world
-
     room = room_here(machine)
     if given.get("memory"):
-        room = min(room or 1 << 60, bytes_of(given["memory"]) - peak_memory())
-
-    def fits(model: ModelConfig, train: dict[str, Any]) -> bool:
-        need = memory(*complete(model, train), **where_we_are(machine))
-        return room is None or need.total <= room
-
-    def choice(whole: float, measure: Any = None) -> budget.Choice:
-        return budget.choose(
-            text, seconds=lambda: whole - (time.monotonic() - began) - _ROUND_ABOUT, fixed=fixed,
-            measured=measured, measure=measure, fits=fits,
-        )  # fmt: skip
-
+        asked_for = bytes_of(given["memory"]) - peak_memory()
+        room = asked_for if room is None else min(room, asked_for)
     if time.monotonic() - began + _ROUND_ABOUT > 0.75 * total:
-        raise UserError(f"budget={given['budget']} is too short: to begin and to end takes "
-                        f"{time.monotonic() - began + _ROUND_ABOUT:.0f} s here")  # fmt: skip
-    chosen, twice = choice(total, measure), choice(2 * total)
+        needed = time.monotonic() - began + _ROUND_ABOUT
+        raise UserError(
+            f"budget={given['budget']} is too short: to begin and to end takes {needed:.0f} s here"
+        )
+    shapes = []
+    for model in budget.candidates(text, fixed):
+        full, train = _completed(model, budget.training_options(model, 1, text), given)
+        need = memory(full, train, StepPlan.decide(full, train, machine))
+        if room is None or need.total <= room:
+            shapes.append(model)
+    if not shapes:
+        raise UserError("not even the smallest model of the plan fits in so little memory")
+    measured: dict[ModelConfig, float] = {}  # shape -> seconds per token
+    while True:  # until the best shape is a measured one; measuring takes time from the budget
+        left = total - (time.monotonic() - began) - _ROUND_ABOUT
+        chosen = budget.choose(shapes, text, left, measured)
+        if chosen.model in measured:
+            break
+        reporter.status(f"measuring {chosen.model.n_layer} layers, {chosen.model.n_embd} wide")
+        model, train = _completed(chosen.model, chosen.train, given)
+        enough = max(_SHORTEST_TRY, _CALIBRATION_SHARE * total)
+        took = calibrate(model, train, alone, reporter, budget=enough)
+        tokens = rows_per_process(model, train) * model.context_length
+        measured[chosen.model] = took / tokens / machine.world
+    twice = budget.choose(shapes, text, left + total, measured)
     expected = _expectation(chosen, twice, text, total, len(data.val))
     reporter.say(f"plan: {describe_budget(chosen.model, expected)}")
     return _shape_of(chosen.model) | chosen.train | given, expected
 
 
+def _completed(
+    model: ModelConfig, train: dict[str, Any], given: dict[str, Any]
+) -> tuple[ModelConfig, TrainConfig]:
+    """A shape and options of the rule, with the options that were `given`."""
+    wanted = {**train, **given}
+    own = {name: wanted[name] for name in names_of(TrainConfig) & set(wanted)}
+    return dataclasses.replace(model, dropout=wanted["dropout"]), TrainConfig(**own)
+
+
 def _expectation(
-    chosen: budget.Choice, twice: budget.Choice, text: budget.Text, seconds: float, n_val: int
+    chosen: budget.Choice,
+    twice: budget.Choice,
+    text: budget.TextStatistics,
+    seconds: float,
+    n_val: int,
 ) -> Expectation:
     """Of `chosen` within so many seconds, some of which go into evaluations."""
     once = _FORWARD * chosen.token_seconds * n_val
@@ -340,22 +321,21 @@ def budget_table(
 ) -> str:
     """The same and more, a line for each; at the end what was chosen, as options to copy."""
     own = {name: given[name] for name in names_of(TrainConfig) & set(given)}
-    need = memory(model, TrainConfig(**own), **where_we_are(machine))
+    train = TrainConfig(**own)
+    need = memory(model, train, StepPlan.decide(model, train, machine))
     hidden = {"data", "budget", "memory", "out", "max_steps", "init_from"}
-    chosen = " ".join(f"--{name.replace('_', '-')} {given[name]}" for name in sorted(given)
-                      if name not in hidden)  # fmt: skip
+    chosen = [f"--{n.replace('_', '-')} {given[n]}" for n in sorted(given) if n not in hidden]
     rows = [
         ("time", format_seconds(expected.seconds)),
-        ("model", f"{model.n_layer} layers, {model.n_head} heads, {model.n_embd} wide, "
-                  f"context {model.context_length}: {model.n_parameters:,} parameters"),
+        ("model", f"{_shape_in_words(model)}: {model.n_parameters:,} parameters"),
         ("arithmetic", f"{model.flops_per_token() / 1e6:,.1f} MFLOP per token"),
         ("speed", f"{expected.tokens_per_second:,.0f} tokens/s (measured)"),
         ("tokens", f"{_count(expected.tokens)}, {expected.epochs:.1f} times through the text"),
         ("memory", f"{(need.total + peak_memory()) / 1e9:,.2f} GB, at the peak"),
         ("expected loss", f"{expected.loss:.2f} nats per token"),
         ("in twice the time", f"{expected.loss_of_twice:.2f}"),
-        ("chosen", chosen),
-    ]  # fmt: skip
+        ("chosen", " ".join(chosen)),
+    ]
     return "\n".join(f"{name:<19}{value}" for name, value in rows)
 
 
@@ -364,35 +344,40 @@ def _shape_of(model: ModelConfig) -> dict[str, Any]:
     return {name: getattr(model, name) for name in names}
 
 
-def _look_into(split: TokenFiles, vocab_size: int) -> budget.Text:
+def _look_into(split: TokenFiles, vocab_size: int) -> budget.TextStatistics:
     """How much text there is, and how hard it is."""
     few = split.read(0, min(len(split), _LOOKED_AT))
     packed = bz2.compress(few.astype(np.uint8 if vocab_size <= 256 else np.uint16).tobytes())
-    return budget.Text(len(split), vocab_size, 8 * len(packed) / max(1, len(few)))
+    return budget.TextStatistics(len(split), vocab_size, 8 * len(packed) / max(1, len(few)))
 
 
 # -- to read -------------------------------------------------------------------------------------
 
 
-def table(plan: Plan) -> str:
+def plan_table(plan: Plan) -> str:
     """What is trained, what it needs, what it costs: a line for each."""
     model, train, need = plan.model, plan.train, plan.memory
     parts = ", ".join(f"{part} {n / 1e6:,.1f} M" for part, n in parameters_by_part(model).items())
+    steps = f"{train.max_steps:,} steps of {plan.tokens_per_step:,}"
+    shape = _shape_in_words(model)
     rows = [
-        ("model", f"{model.family}: {model.n_layer} layers, {model.n_head} heads, {model.n_embd} "
-                  f"wide, context {model.context_length:,}, vocabulary {model.vocab_size:,}"),
+        ("model", f"{model.family}: {shape}, vocabulary {model.vocab_size:,}"),
         ("parameters", f"{model.n_parameters:,} ({parts})"),
         ("arithmetic", f"{model.flops_per_token() / 1e6:,.1f} MFLOP per token"),
-        ("tokens", f"{train.max_steps:,} steps of {plan.tokens_per_step:,}: "
-                   f"{_count(train.max_steps * plan.tokens_per_step)}{_epochs(plan)}"),
+        ("tokens", f"{steps}: {_count(train.max_steps * plan.tokens_per_step)}{_epochs(plan)}"),
         ("memory", f"{need.total / 1e9:,.2f} GB {'per GPU' if plan.card else 'at the peak'}"),
-    ]  # fmt: skip
+    ]
     rows += [(f"  {name}", f"{getattr(need, name) / 1e9:,.2f}") for name in _PARTS]
     rows += [("fits", _fits(plan)), ("speed", _speed(plan)), *_price(plan)]
     return "\n".join(f"{name:<15}{value}" for name, value in rows)
 
 
 _PARTS = ("weights", "gradients", "optimizer", "activations", "other")
+
+
+def _shape_in_words(model: ModelConfig) -> str:
+    heads, context = f"{model.n_head} heads", f"context {model.context_length:,}"
+    return f"{model.n_layer} layers, {heads}, {model.n_embd} wide, {context}"
 
 
 def _count(n: float) -> str:

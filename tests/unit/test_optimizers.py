@@ -14,6 +14,7 @@ from conftest import tiny_config, tiny_model
 from glassgpt.config import TrainConfig
 from glassgpt.errors import UserError
 from glassgpt.model import GPT
+from glassgpt.runtime import Workers
 from glassgpt.training.optimizers import (
     AdamW,
     Muon,
@@ -24,7 +25,6 @@ from glassgpt.training.optimizers import (
     restore_optimizers,
     set_learning_rate,
 )
-from glassgpt.training.workers import Workers
 
 SCHEDULES = ["cosine", "linear", "constant"]
 

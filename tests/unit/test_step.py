@@ -19,14 +19,13 @@ from glassgpt.data.batches import IGNORE
 from glassgpt.errors import UserError
 from glassgpt.inference.kernels.compiled import load_kernels
 from glassgpt.model import GPT
-from glassgpt.training import step as room
+from glassgpt.training import step as step_module
 from glassgpt.training.fused.step import FusedStep
-from glassgpt.training.planning.costs import useful_workers
-from glassgpt.training.step import AutogradStep, Passes
-from glassgpt.training.workers import Workers, share_weights
+from glassgpt.training.step import AutogradStep, StepPlan, TrainingStep, share_weights
 from listener import Listener
 
 ROWS, T = 6, 11
+HERE = runtime.Machine(torch.device("cpu"), torch.float32)
 Gradients = dict[str, torch.Tensor]
 
 
@@ -42,15 +41,16 @@ WAYS: dict[str, Callable[..., ModelConfig]] = {
 every_way = pytest.mark.parametrize("way", WAYS)
 
 
-def make_passes(way: str, *, threads: int = 1, said: list[str] | None = None,
-                dropout: float = 0.0, **options: Any) -> Passes:  # fmt: skip
+def make_step(way: str, *, threads: int = 1, said: list[str] | None = None,
+                dropout: float = 0.0, **options: Any) -> TrainingStep:  # fmt: skip
     """In float32, for ROWS rows; every call makes the same weights."""
     options = {"dtype": "float32", "device": "cpu", "threads": threads, **options}
+    options["batch_tokens"] = ROWS * tiny_config().context_length
     config, reporter = TrainConfig(**options), Listener()
     if said is not None:
         reporter.said = said
     model = tiny_model(WAYS[way](dropout=dropout)).train()
-    made = Passes(model, config, runtime.start(config), rows=ROWS, reporter=reporter)
+    made = TrainingStep(model, config, runtime.start(config), reporter=reporter)
     assert isinstance(made.steps[0], FusedStep) is (way == "fused" and config.compile != "on")
     return made
 
@@ -64,12 +64,12 @@ def rows(seed: int = 3) -> tuple[np.ndarray, np.ndarray]:
     return tokens, targets
 
 
-def gradients(passes: Passes, key: int = 0) -> tuple[float, Gradients]:
+def gradients(step: TrainingStep, key: int = 0) -> tuple[float, Gradients]:
     """Of a step, taken away from the model."""
-    loss = passes.gradients(*rows(), key=key).item()
-    found = {n: p.grad for n, p in passes.model.named_parameters() if p.grad is not None}
-    assert len(found) == len(list(passes.model.parameters()))
-    passes.model.zero_grad(set_to_none=True)
+    loss = step.gradients(rows(), key).item()
+    found = {n: p.grad for n, p in step.model.named_parameters() if p.grad is not None}
+    assert len(found) == len(list(step.model.parameters()))
+    step.model.zero_grad(set_to_none=True)
     return loss, found
 
 
@@ -84,16 +84,16 @@ def assert_same(found: tuple[float, Gradients], expected: tuple[float, Gradients
 def test_every_way_gives_the_mean_over_the_targets_that_count():
     """By hand, for the shape that is fused; the others are asked in the same words."""
     for way in WAYS:
-        passes = make_passes(way)
+        step = make_step(way)
         tokens, targets = rows()
-        logits = passes.model(torch.from_numpy(tokens)).flatten(0, 1)
+        logits = step.model(torch.from_numpy(tokens)).flatten(0, 1)
         loss = torch.nn.functional.cross_entropy(logits, torch.from_numpy(targets).flatten(),
                                                  ignore_index=IGNORE)  # fmt: skip
         loss.backward()
-        expected = {n: p.grad for n, p in passes.model.named_parameters() if p.grad is not None}
-        passes.model.zero_grad(set_to_none=True)
-        assert_same(gradients(passes), (loss.item(), expected))
-        assert passes.losses(tokens, targets) == pytest.approx(
+        expected = {n: p.grad for n, p in step.model.named_parameters() if p.grad is not None}
+        step.model.zero_grad(set_to_none=True)
+        assert_same(gradients(step), (loss.item(), expected))
+        assert step.losses((tokens, targets)) == pytest.approx(
             loss.item() * np.count_nonzero(targets != IGNORE), rel=1e-5
         )
 
@@ -101,22 +101,22 @@ def test_every_way_gives_the_mean_over_the_targets_that_count():
 @every_way
 @pytest.mark.parametrize("at_once", [1, 4, 5])
 def test_accumulation_is_the_big_batch(way, at_once):
-    assert_same(gradients(make_passes(way, micro_batch_size=at_once)), gradients(make_passes(way)))
+    assert_same(gradients(make_step(way, micro_batch_size=at_once)), gradients(make_step(way)))
 
 
 @every_way
 @pytest.mark.parametrize("threads", [2, 4])
 def test_rows_on_several_cores_are_the_rows_on_one(way, threads):
     """micro_batch_size=5: the second share of rows is one row, for the first thread."""
-    one = gradients(make_passes(way))
-    passes = make_passes(way, threads=threads, micro_batch_size=5)
-    assert len(passes.steps) == passes.workers.n == threads
+    one = gradients(make_step(way))
+    step = make_step(way, threads=threads, micro_batch_size=5)
+    assert len(step.steps) == step.workers.n == threads
     for _ in range(2):  # and again, with gradients and rooms that were in use
-        assert_same(gradients(passes), one)
-        leftovers = [p.grad for step in passes.steps[1:] for p in step.model.parameters()]
+        assert_same(gradients(step), one)
+        leftovers = [p.grad for model in step.models[1:] for p in model.parameters()]
         assert leftovers == [None] * len(leftovers)
-    assert passes.losses(*rows()) == pytest.approx(make_passes(way).losses(*rows()), rel=1e-6)
-    passes.close()
+    assert step.losses(rows()) == pytest.approx(make_step(way).losses(rows()), rel=1e-6)
+    step.close()
 
 
 def test_steps_share_weights_not_gradients():
@@ -129,21 +129,19 @@ def test_steps_share_weights_not_gradients():
     assert other.head.weight is other.token_embedding.weight  # tied there, too
     other(torch.zeros(1, 1, dtype=torch.int64)).sum().backward()
     assert all(p.grad is None for p in model.parameters())
-    assert useful_workers(16, 5, 1000) == 5
-    assert useful_workers(2, 12, 124_000_000) == 2
-    assert useful_workers(16, 64, 124_000_000) == 1
 
 
 def test_workers_keep_the_order_and_wait_for_all():
-    workers, done = Workers(3), []
-    assert workers.run([lambda i=i: i * i for i in range(7)]) == [i * i for i in range(7)]
+    workers, done = runtime.Workers(3), []
+    squares = [workers.submit(pow, i, 2) for i in range(7)]
+    assert workers.results(squares) == [i * i for i in range(7)]
 
     def late() -> None:
         time.sleep(0.05)
         done.append(True)
 
     with pytest.raises(ZeroDivisionError):
-        workers.run([lambda: 1 // 0, late])
+        workers.results([workers.submit(divmod, 1, 0), workers.submit(late)])
     assert done
     workers.close()
 
@@ -153,53 +151,58 @@ def test_workers_keep_the_order_and_wait_for_all():
 @pytest.mark.parametrize("threads", [1, 2])
 def test_out_of_memory_halves_the_micro_batch_and_keeps_the_step(monkeypatch, way, threads):
     """The allocator's own error, raised where it would be; a real one is in tests/e2e."""
-    whole, said, most, held = gradients(make_passes(way)), [], 2, []
+    whole, said, most, held = gradients(make_step(way)), [], 2, []
 
     class Memory:
         pass
 
-    passes = make_passes(way, threads=threads, said=said)
+    step = make_step(way, threads=threads, said=said)
     for kind in (FusedStep, AutogradStep):
 
-        def call(step, tokens, *arguments, real=kind.__call__):
-            size = passes.micro_batch_size
+        def call(share_step, batch, *arguments, real=kind.__call__):
+            size = step.plan.micro_batch_size
             assert not any(memory() for before, memory in held if before > size)
-            if len(tokens) > most:
+            if len(batch[0]) > most:
                 mine = Memory()
                 held.append((size, weakref.ref(mine)))
                 raise torch.OutOfMemoryError("out of memory")
-            loss = real(step, tokens, *arguments)
+            loss = real(share_step, batch, *arguments)
             if size == ROWS:  # another way to end: half-way
                 raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
             return loss
 
         monkeypatch.setattr(kind, "__call__", call)
-    assert_same(gradients(passes), whole)
+    assert_same(gradients(step), whole)
     sizes = [3, 2] if threads == 1 else [3]  # rows of both threads together
-    assert passes.micro_batch_size == passes.fits_in_memory == sizes[-1]
+    assert step.plan.micro_batch_size == step.fits_in_memory == sizes[-1]
     assert said == [f"out of memory: going on with micro_batch_size={size}, same tokens per step"
                     for size in sizes]  # fmt: skip
     most = 0
     with pytest.raises(UserError, match="smaller --micro-batch-size"):
-        gradients(passes)
-    passes.close()
+        gradients(step)
+    step.close()
 
 
 @pytest.mark.slow
-def test_an_evaluation_that_ends_the_memory_takes_fewer_rows_and_other_errors_pass():
-    passes, asked = make_passes("fused"), []
+def test_an_evaluation_that_ends_the_memory_takes_fewer_rows_and_other_errors_pass(monkeypatch):
+    step, asked = make_step("fused"), []
+    expected, real = step.losses(rows()), step_module.summed_loss
+    batch = [np.concatenate([array] * 4) for array in rows()]
 
-    def work(n: int) -> int:
-        asked.append(n)
-        if n > 13:
+    def summed_loss(loss: Any, rows: Any, machine: Any) -> torch.Tensor:
+        asked.append(len(rows[0]))
+        if len(rows[0]) > 13:
             raise MemoryError
-        return n
+        return real(loss, rows, machine)
 
-    assert passes.evaluate(work) == 12
-    assert asked == [24, 12]  # four times the rows of a step, then of half of it
-    assert passes.micro_batch_size == 3
+    monkeypatch.setattr(step_module, "summed_loss", summed_loss)
+    assert step.evaluation_rows == 24
+    assert step.losses(batch) == pytest.approx(4 * expected)
+    assert asked == [24, 12, 12]  # four times the rows of a step, then of half of it
+    assert step.plan.micro_batch_size == 3
+    monkeypatch.setattr(step_module, "summed_loss", lambda *_: 1 // 0)
     with pytest.raises(ZeroDivisionError):
-        passes.evaluate(lambda n: n // 0)
+        step.losses(batch)
 
 
 # -- dropout -------------------------------------------------------------------------------------
@@ -208,121 +211,156 @@ def test_an_evaluation_that_ends_the_memory_takes_fewer_rows_and_other_errors_pa
 @pytest.mark.parametrize("threads", [1, 2])
 def test_evaluation_keeps_no_graph(monkeypatch, threads):
     """In no thread: each has a switch of its own."""
-    passes, kept = make_passes("fused", threads=threads), []
-    real = room.summed_loss
+    step, kept = make_step("fused", threads=threads), []
+    real = step_module.summed_loss
     monkeypatch.setattr(
-        room, "summed_loss", lambda *a: kept.append((loss := real(*a)).requires_grad) or loss
+        step_module, "summed_loss", lambda *a: kept.append((loss := real(*a)).requires_grad) or loss
     )
-    passes.losses(*rows())
+    step.losses(rows())
     assert kept == [False] * threads
-    passes.close()
+    step.close()
 
 
 @every_way
 def test_evaluation_drops_nothing(way):
-    passes = make_passes(way, dropout=0.5)
-    expected = make_passes(way).losses(*rows())
-    first = passes.evaluate(lambda n: passes.losses(*rows()))
+    step = make_step(way, dropout=0.5)
+    expected = make_step(way).losses(rows())
+    first = step.losses(rows())
     assert first == pytest.approx(expected, rel=1e-6)
-    assert all(step.model.training for step in passes.steps)
+    assert all(model.training for model in step.models)
     n_targets = np.count_nonzero(rows()[1] != IGNORE)
     torch.manual_seed(1)
-    assert abs(gradients(passes)[0] * n_targets - expected) > 1e-3 * expected
+    assert abs(gradients(step)[0] * n_targets - expected) > 1e-3 * expected
 
 
 def test_fused_dropout_is_a_function_of_the_key_in_every_thread():
     """Whoever is faster, and whatever torch's generator says; each micro-batch drops others."""
-    passes = make_passes("fused", dropout=0.3, threads=2)
-    first, again, other = (gradients(passes, key) for key in (1, 1, 2))
+    step = make_step("fused", dropout=0.3, threads=2)
+    first, again, other = (gradients(step, key) for key in (1, 1, 2))
     assert first[0] == again[0] != other[0]
     assert all(torch.equal(first[1][name], again[1][name]) for name in first[1])
-    passes.close()
+    step.close()
     seen = []
-    passes = make_passes("fused", dropout=0.3, micro_batch_size=2)
-    [step] = passes.steps
-    passes.steps = [lambda *a: seen.append(a[3]) or step(*a)]  # type: ignore[list-item]
-    passes.gradients(*rows(), key=1)
+    step = make_step("fused", dropout=0.3, micro_batch_size=2)
+    [share_step] = step.steps
+    step.steps = [lambda *a: seen.append(a[2]) or share_step(*a)]  # type: ignore[list-item]
+    step.gradients(rows(), key=1)
     assert len(set(seen)) == 3
 
 
-# -- which way -----------------------------------------------------------------------------------
+# -- the plan ------------------------------------------------------------------------------------
+
+
+def test_more_threads_than_rows_or_memory_do_not_pay():
+    large = ModelConfig.from_shape("gpt2", vocab_size=50257, n_layer=12, n_head=12, n_embd=768)
+
+    def workers(model: ModelConfig, threads: int, rows: int) -> int:
+        torch.set_num_threads(threads)
+        train = TrainConfig(batch_tokens=rows * model.context_length, compile="off")
+        return StepPlan.decide(model, train, HERE).workers
+
+    assert workers(tiny_config("gpt2"), 16, 5) == 5
+    assert workers(large, 2, 12) == 2
+    assert workers(large, 16, 64) == 1
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("n", [1, 2, 5])
+@pytest.mark.parametrize("options", [{}, {"micro_batch_size": 2}, {"dtype": "float32"},
+                                     {"compile": "on"}])  # fmt: skip
+def test_the_plan_is_followed(threads, n, options):
+    for config in [fusible(), tiny_config("gpt2", dropout=0.1), tiny_config(), fusible(n_layer=0)]:
+        torch.set_num_threads(threads)
+        train = TrainConfig(batch_tokens=n * config.context_length, **options)
+        plan = StepPlan.decide(config, train, HERE)
+        step = TrainingStep(GPT(config), train, HERE)
+        step.close()
+        assert step.plan == plan
+        assert plan.fused == isinstance(step.steps[0], FusedStep)
+        assert (plan.rows, plan.micro_batch_size) == (n, min(n, options.get("micro_batch_size", n)))
+        assert len(step.steps) == len(step.models) == step.workers.n == plan.workers
+        if step.weights is not None:
+            assert str(step.weights.dtype) == f"torch.{plan.precision}"
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "auto"])
 def test_the_precision_asked_for(dtype):
-    passes = make_passes("fused", dtype=dtype)
-    low = dtype == "bfloat16" or (dtype == "auto" and room.multiplies_bfloat16())
-    assert passes.precision == ("bfloat16" if low else "float32")
-    assert passes.weights is not None
-    assert passes.weights.head.dtype == (torch.bfloat16 if low else torch.float32)
-    assert make_passes("gpt2").precision == "float32"
+    step = make_step("fused", dtype=dtype)
+    low = dtype == "bfloat16" or (dtype == "auto" and step_module.multiplies_bfloat16())
+    assert step.plan.precision == ("bfloat16" if low else "float32")
+    assert step.weights is not None
+    assert step.weights.head.dtype == (torch.bfloat16 if low else torch.float32)
+    assert make_step("gpt2").plan.precision == "float32"
 
 
 def test_changed_weights_are_seen():
-    passes = make_passes("fused", threads=2)
+    step = make_step("fused", threads=2)
     with torch.no_grad():
-        for parameter in passes.model.parameters():
+        for parameter in step.model.parameters():
             parameter.mul_(0.9)
-    passes.weights_changed()
-    changed = gradients(passes)
-    passes.steps = [AutogradStep(passes.model, passes.machine, passes.scaler)]
-    assert_same(changed, gradients(passes))
-    passes.close()
+    step.weights_changed()
+    changed = gradients(step)
+    del step.models[1:]
+    step.steps = [AutogradStep(step.plain_losses[0], step.machine, step.scaler)]
+    assert_same(changed, gradients(step))
+    step.close()
 
 
 @every_way
 def test_getting_ready_leaves_no_gradients(way):
     said: list[str] = []
-    passes = make_passes(way, threads=2, said=said)
-    passes.compile(*rows())
-    assert all(p.grad is None for step in passes.steps for p in step.model.parameters())
+    step = make_step(way, threads=2, said=said)
+    step.compile(rows())
+    assert all(p.grad is None for model in step.models for p in model.parameters())
     assert not any("warning" in line for line in said)
-    assert_same(gradients(passes), gradients(make_passes(way)))
-    passes.close()
+    assert_same(gradients(step), gradients(make_step(way)))
+    step.close()
 
 
 def test_without_numba_autograd_does_it_and_says_nothing(monkeypatch):
-    expected = gradients(make_passes("fused"))
+    expected = gradients(make_step("fused"))
     monkeypatch.setitem(sys.modules, "numba", None)
     load_kernels.cache_clear()
-    config = TrainConfig(dtype="float32", device="cpu", threads=2)
+    config = TrainConfig(
+        dtype="float32", device="cpu", threads=2, batch_tokens=ROWS * tiny_config().context_length
+    )
     reporter = Listener()
-    passes = Passes(tiny_model(fusible()).train(), config, runtime.start(config), rows=ROWS,
+    step = TrainingStep(tiny_model(fusible()).train(), config, runtime.start(config), 
                     reporter=reporter)  # fmt: skip
-    passes.compile(*rows())
-    assert [type(step) for step in passes.steps] == [AutogradStep] * 2
-    assert passes.precision == "float32"
-    assert_same(gradients(passes), expected)
+    step.compile(rows())
+    assert [type(step) for step in step.steps] == [AutogradStep] * 2
+    assert step.plan.precision == "float32"
+    assert_same(gradients(step), expected)
     assert not reporter.said
-    passes.close()
+    step.close()
 
 
 @pytest.mark.parametrize(("dropout", "steps"), [(0.0, 2), (0.3, 1)])
 def test_a_compiler_that_fails_leaves_autograd_on_all_cores(monkeypatch, dropout, steps):
     """On one with dropout, where threads would draw from torch's generator in any order."""
     said: list[str] = []
-    passes = make_passes("fused", threads=2, said=said, dropout=dropout)
+    step = make_step("fused", threads=2, said=said, dropout=dropout)
 
     def fail(*arguments: Any) -> None:
         raise SystemError("no LLVM")
 
     monkeypatch.setattr(FusedStep, "__call__", fail)
-    passes.compile(*rows())
-    assert [type(step) for step in passes.steps] == [AutogradStep] * steps
+    step.compile(rows())
+    assert [type(step) for step in step.steps] == [AutogradStep] * steps
     assert said[-1] == ("warning: the fused step does not work here (numba can't compile: "
                         "no LLVM); training goes on without it")  # fmt: skip
-    passes.weights_changed()
+    step.weights_changed()
     monkeypatch.undo()
-    found = gradients(passes)
-    assert dropout or assert_same(found, gradients(make_passes("fused"))) is None
-    passes.close()
+    found = gradients(step)
+    assert dropout or assert_same(found, gradients(make_step("fused"))) is None
+    step.close()
 
 
 @pytest.mark.parametrize("when", ["wrapping", "calling"])
 def test_a_torch_compile_that_fails_leaves_what_was_there(monkeypatch, when):
     """Also what averages gradients over processes, which the model itself would not."""
     said: list[str] = []
-    passes = make_passes("fused", compile="on", said=said)
+    step = make_step("fused", compile="on", said=said)
 
     def fail(*arguments: Any, **options: Any) -> None:
         raise RuntimeError("no compiler\nat all")
@@ -330,13 +368,13 @@ def test_a_torch_compile_that_fails_leaves_what_was_there(monkeypatch, when):
     def compile(model: Any, **options: Any) -> Any:
         return fail if when == "calling" else fail()
 
-    [step] = passes.steps
-    assert isinstance(step, AutogradStep)
-    step.called = wrapped = lambda *batch: step.plain(*batch)
+    [share_step] = step.steps
+    assert isinstance(share_step, AutogradStep)
+    share_step.loss = wrapped = lambda *batch: step.plain_losses[0](*batch)
     monkeypatch.setattr(torch, "compile", compile)
-    passes.compile(*rows())
+    step.compile(rows())
     assert said == ["warning: torch.compile does not work here (no compiler); training goes on "
                     "without it"]  # fmt: skip
-    assert passes.steps[0].called is wrapped  # type: ignore[attr-defined]
-    assert not passes.compiled
-    assert_same(gradients(passes), gradients(make_passes("fused")))
+    assert step.steps[0].loss is wrapped  # type: ignore[attr-defined]
+    assert not step.compiled
+    assert_same(gradients(step), gradients(make_step("fused")))
