@@ -1,0 +1,89 @@
+"""The measures of the house: few rooms, few levels, small files and functions, a short route."""
+
+from __future__ import annotations
+
+import ast
+import re
+import tomllib
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SOURCE = ROOT / "src"
+PACKAGE = SOURCE / "glassgpt"
+
+MOST_ROOMS, MOST_FILES_AT_THE_TOP, MOST_LEVELS = 12, 11, 10
+MOST_LINES_OF_A_FILE, MOST_LINES_OF_A_FUNCTION = 500, 60
+MOST_LINES_OF_THE_ROUTE = 1500
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def module_of(file: Path) -> str:
+    name = ".".join(file.relative_to(SOURCE).with_suffix("").parts)
+    return name.removesuffix(".__init__")
+
+
+MODULES = {module_of(file): file for file in FILES}
+
+
+def lines_of(file: Path) -> int:
+    return file.read_text().count("\n")
+
+
+@cache
+def tree_of(file: Path) -> ast.Module:
+    return ast.parse(file.read_text())
+
+
+# -- rooms and levels ----------------------------------------------------------------------------
+
+
+def test_rooms_and_files_at_the_top() -> None:
+    rooms = [path.parent for path in PACKAGE.glob("*/__init__.py")]
+    assert len(rooms) <= MOST_ROOMS
+    files = sorted(path.name for path in PACKAGE.glob("*.py"))
+    assert len(files) <= MOST_FILES_AT_THE_TOP, files
+    for room in rooms:
+        assert ast.get_docstring(tree_of(room / "__init__.py")), f"{room.name} says no job"
+
+
+def test_few_import_levels() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]
+    [layers] = [one["layers"] for one in settings["contracts"] if one["type"] == "layers"]
+    assert len(layers) <= MOST_LEVELS
+    named = {name for level in layers for name in re.findall(r"glassgpt\.(\w+)", level)}
+    tops = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"}
+    tops |= {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    assert named == tops  # every room has its level
+
+
+# -- sizes ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("file", FILES, ids=module_of)
+def test_lines_of_a_file_and_of_its_functions(file: Path) -> None:
+    lines = lines_of(file)
+    assert lines <= MOST_LINES_OF_A_FILE
+    for node in ast.walk(tree_of(file)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            # A docstring doesn't count: that of a verb is its whole help text.
+            documented = ast.get_docstring(node) is not None
+            body = node.body[1:] if documented else node.body
+            lines = (node.end_lineno or 0) - body[0].lineno + 1 if body else 0
+            assert lines <= MOST_LINES_OF_A_FUNCTION, f"{node.name} has {lines} lines"
+
+
+def test_the_readers_route_is_short() -> None:
+    """The files that the README's "Read the code" lists, counted."""
+    section = (ROOT / "README.md").read_text().split("## Read the code")[1]
+    route = re.findall(r"^\d\. \[`[\w./]+`\]\(([\w./]+)\)", section, flags=re.MULTILINE)
+    assert len(route) == 5
+    lines = {name: lines_of(ROOT / name) for name in route}
+    assert sum(lines.values()) <= MOST_LINES_OF_THE_ROUTE, lines
+
+
+def test_every_module_says_what_it_is_for() -> None:
+    assert [name for name, file in MODULES.items() if not ast.get_docstring(tree_of(file))] == []
