@@ -251,11 +251,16 @@ class ModelConfig:
         return list(map(self.rope_scaling, frequencies)) if self.rope_scaling else frequencies
 
     @property
+    def qkv_rows(self) -> tuple[int, int, int]:
+        """Rows of `attn.qkv` that make queries, keys and values; the matrix holds them in turn."""
+        return self.n_head * self.head_dim, *2 * (self.n_kv_head * self.head_dim,)
+
+    @property
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
         """Name in model.py -> shape, for every weight; a tied head is not there twice."""
         C, V, F, D = self.n_embd, self.vocab_size, self.n_hidden, self.head_dim
-        q, kv = self.n_head * D, self.n_kv_head * D
-        linears = {"attn.qkv": (q + 2 * kv, C), "attn.out": (C, q)}
+        rows = self.qkv_rows
+        linears = {"attn.qkv": (sum(rows), C), "attn.out": (C, rows[0])}
         linears |= {"mlp.gate": (F, C)} if self.activation == "swiglu" else {}
         linears |= {"mlp.up": (F, C), "mlp.down": (C, F)}
         norms = {"attn_norm": C, "mlp_norm": C}
@@ -298,7 +303,7 @@ class ModelConfig:
         (arXiv:2204.02311), so that figures compare with those of others.
         """
         T = context_length or self.context_length
-        C, q, kv = self.n_embd, self.n_head * self.head_dim, self.n_kv_head * self.head_dim
+        C, (q, kv, _) = self.n_embd, self.qkv_rows
         matrices = 3 if self.activation == "swiglu" else 2
         per_block = C * (q + 2 * kv) + q * C + matrices * C * self.n_hidden + 2 * q * T
         return 6 * (self.n_layer * per_block + C * self.vocab_size)

@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, BinaryIO, Protocol
 
 from filelock import FileLock, Timeout
 
@@ -64,19 +64,30 @@ class _Silent(Reporter):
 SILENT: Reporter = _Silent()
 
 
-def write_file(path: Path, content: bytes) -> None:
-    """Write `content` so that `path` holds either all of it or what it held before."""
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file to write, which becomes `path` when the block ends: whole, and flushed to the disk.
+
+    Until then, and after an error or Ctrl-C, `path` is what it was before.
+    """
+    temporary = path.with_name(f".{path.name}.partial")
     with explain_os_errors(f"write {path}"):
-        temporary = path.with_name(f".{path.name}.partial")
         try:
             with open(temporary, "wb") as file:
-                file.write(content)
+                yield file
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
-        except OSError:
-            temporary.unlink(missing_ok=True)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
             raise
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write `content` so that `path` holds either all of it or what it held before."""
+    with replacing(path) as file:
+        file.write(content)
 
 
 def cache_dir() -> Path:

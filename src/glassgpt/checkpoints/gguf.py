@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from glassgpt.checkpoints.huggingface import split_qkv
 from glassgpt.config import ModelConfig, RopeScaling
 from glassgpt.config import Precision as Kind
 from glassgpt.errors import UserError, explain_os_errors
@@ -207,8 +208,7 @@ def _their_names(config: ModelConfig, ours: str) -> list[str]:
 
 
 def _split_qkv(config: ModelConfig, weight: np.ndarray) -> list[np.ndarray]:
-    q, kv, D = config.n_head * config.head_dim, config.n_kv_head * config.head_dim, config.head_dim
-    parts = np.split(weight, [q, q + kv])
+    D, parts = config.head_dim, split_qkv(config, weight)
     if config.family == "llama":
         # Rotary positions turn pairs of numbers. Ours (and qwen3's) pair i with i + D/2;
         # llama.cpp's llama pairs 2i with 2i + 1, so the rows of each head change places.

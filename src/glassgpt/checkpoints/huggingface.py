@@ -51,7 +51,7 @@ def to_huggingface(
     shapes = config.weight_shapes
     for theirs, ours, transposed in tensor_names(config, classifies=bool(labels)):
         if isinstance(theirs, tuple):  # Llama keeps q, k and v apart
-            tensors |= zip(theirs, _split_qkv(config, weights[ours]), strict=True)
+            tensors |= zip(theirs, split_qkv(config, weights[ours]), strict=True)
         elif ours in weights:
             tensors[theirs] = weights[ours].T if transposed else weights[ours]
         else:  # GPT-2 always has biases; a model without them is one whose biases are zero
@@ -114,8 +114,7 @@ def stored_shapes(
 ) -> list[tuple[int, ...]]:
     """The shapes of the one or three (q, k, v) tensors that hold our weight of shape `ours`."""
     if parts == 3:  # q, k and v
-        rows = [heads * config.head_dim for heads in (config.n_head, *[config.n_kv_head] * 2)]
-        return [(n, config.n_embd) for n in rows]
+        return [(n, config.n_embd) for n in config.qkv_rows]
     return [ours[::-1] if transposed else ours]
 
 
@@ -357,6 +356,6 @@ def _llama_names(config: ModelConfig) -> Iterator[tuple[str | tuple[str, ...], s
     yield "model.norm.weight", "final_norm.weight", False
 
 
-def _split_qkv(config: ModelConfig, weight: np.ndarray) -> list[np.ndarray]:
-    q, kv = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
-    return np.split(weight, [q, q + kv])
+def split_qkv(config: ModelConfig, weight: np.ndarray) -> list[np.ndarray]:
+    """The rows of `attn.qkv` that make queries, keys and values."""
+    return np.split(weight, np.cumsum(config.qkv_rows)[:-1])

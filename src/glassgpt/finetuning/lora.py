@@ -166,10 +166,7 @@ def add_lora(model: GPT, lora: LoRA) -> None:
 
 def _stacks(config: ModelConfig, name: str, rows: int) -> tuple[int, ...]:
     """Rows that have a pair of their own: Llama's q, k and v are three matrices elsewhere."""
-    if name != "qkv" or config.family == "gpt2":
-        return (rows,)
-    q, kv = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
-    return q, kv, kv
+    return config.qkv_rows if name == "qkv" and config.family != "gpt2" else (rows,)
 
 
 def merged_weights(model: GPT) -> Mapping[str, np.ndarray]:

@@ -242,10 +242,10 @@ def _muon(
     low_precision: bool,
     workers: Workers | None,
 ) -> Muon:
-    q, kv = (n * model.config.head_dim for n in (model.config.n_head, model.config.n_kv_head))
+    rows = model.config.qkv_rows
     return Muon(
         list(hidden.values()),
-        [(q, kv, kv) if name.endswith("qkv.weight") else (len(p),) for name, p in hidden.items()],
+        [rows if name.endswith("qkv.weight") else (len(p),) for name, p in hidden.items()],
         lr=config.muon_learning_rate * scale,
         scale=scale,
         momentum=config.muon_momentum,

@@ -396,9 +396,8 @@ def _matrix(
 
 def _make_room(kernels: ModuleType, config: ModelConfig, threads: int):
     """Buffers for a pass of up to _BLOCK tokens; scores and logits are the engine's own."""
-    heads, kv = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
     hidden = config.n_hidden * (2 if config.activation == "swiglu" else 1)
-    widest = padded(max(config.n_embd, heads + 2 * kv, hidden) + PANEL, ROWS)
+    widest = padded(max(config.n_embd, sum(config.qkv_rows), hidden) + PANEL, ROWS)
     return kernels.Work(
         x=np.zeros((_BLOCK, padded(config.n_embd, ROWS)), np.float32),
         a=np.zeros((_BLOCK, widest), np.float32),

@@ -139,7 +139,7 @@ def largest_micro_batch(
 
 def _matrices_in_blocks(model: ModelConfig) -> list[tuple[int, int]]:
     """As Muon sees them: queries, keys and values are matrices of their own."""
-    q, kv = model.n_head * model.head_dim, model.n_kv_head * model.head_dim
+    q, kv, _ = model.qkv_rows
     found: list[tuple[int, int]] = []
     for name, shape in model.weight_shapes.items():
         if name.startswith("blocks.") and len(shape) == 2:
@@ -242,7 +242,7 @@ def saved_per_token(model: ModelConfig, width: int, on_gpu: bool) -> Sequence[in
     things again.
     """
     C, F, H = model.n_embd, model.n_hidden, model.n_head
-    q, kv = H * model.head_dim, model.n_kv_head * model.head_dim
+    q, kv, _ = model.qkv_rows
     # the stream twice, its normalised copies; q, k and v; what the heads give; the MLP
     kept = [4 * C] * 2 + [width * C] * 2 + [width * (q + 2 * kv), width * q] + [width * F] * 2
     if model.activation == "swiglu":
