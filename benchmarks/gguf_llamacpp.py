@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from glassgpt import numpy_gpt
-from glassgpt.checkpoints.compare import largest_difference
+from glassgpt.checkpoints.formats import logit_difference
 from glassgpt.checkpoints.gguf import Kind, read_gguf, write_gguf
 from glassgpt.checkpoints.run_directory import Checkpoint, load_model
 
@@ -67,7 +67,7 @@ def export(checkpoint: Checkpoint, path: Path, kind: Kind) -> float:
     """Write the file; how far its logits are from ours when our own code computes both."""
     config, weights = checkpoint.config, checkpoint.weights
     write_gguf(path, config, weights, checkpoint.tokenizer, kind=kind, name="benchmark")
-    return largest_difference((config, weights), read_gguf(path))
+    return logit_difference((config, weights), read_gguf(path))
 
 
 def greedy(checkpoint: Checkpoint, ids: list[int], count: int) -> tuple[list[int], list[float]]:

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from glassgpt.api import LoadedModel
-from glassgpt.checkpoints.formats import export
+from glassgpt.checkpoints.formats import export_model
 from glassgpt.checkpoints.nanogpt import load_nanogpt
 from glassgpt.checkpoints.run_directory import Checkpoint, load_model
 from glassgpt.tokenizers.vocabulary import build_tokenizer
@@ -38,7 +38,7 @@ def main() -> None:
     same = compare("read from nanoGPT", options.checkpoint, options.nanogpt, as_ours(options))
     with tempfile.TemporaryDirectory() as work:
         ours = load_model(options.run) if options.run else as_ours(options)
-        moved = export(ours, "nanogpt", Path(work)).difference
+        moved = export_model(ours, "nanogpt", Path(work)).difference
         print(f"written for nanoGPT: activation={ours.config.activation}, the exact GELU moves "
               f"logits by up to {moved:.1e}")  # fmt: skip
         ours.config = replace(ours.config, activation="gelu")

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from glassgpt.checkpoints.crc32c import crc32c, masked
+from glassgpt.checkpoints.openai import masked_crc32c
 
 MAGIC = 0xDB4775248B80FB57
 TYPES = {"float32": 1, "float64": 2, "int32": 3, "uint16": 14, "float16": 19}  # uint16: bfloat16
@@ -53,7 +53,7 @@ def block(items: Iterable[tuple[bytes, bytes]], kind: int = 0, every: int = 16) 
         content += key[shared:] + value
         last = key
     content += np.array([*restarts, len(restarts)], "<u4").tobytes() + bytes([kind])
-    return content + masked(crc32c(content)).to_bytes(4, "little")
+    return content + masked_crc32c(content).to_bytes(4, "little")
 
 
 def table(items: dict[bytes, bytes], *, per_block: int = 100, kind: int = 0) -> bytes:
@@ -90,7 +90,7 @@ def write_bundle(
         with open(paths[i % shards], "ab") as file:
             entries[name] = dict(
                 dtype=TYPES[tensor.dtype.name], shape=tensor.shape, shard=i % shards,
-                offset=file.tell(), size=tensor.nbytes, crc=masked(crc32c(tensor)),
+                offset=file.tell(), size=tensor.nbytes, crc=masked_crc32c(tensor.tobytes()),
             )  # fmt: skip
             file.write(np.ascontiguousarray(tensor).data)
     prefix.with_name(f"{prefix.name}.index").write_bytes(index(entries, shards=shards, **options))

@@ -27,8 +27,7 @@ def save(folder: Path, template: str | None) -> Path:
     tokenizer = CharTokenizer.from_characters(LETTERS)
     fields = {}
     if template:
-        base = Checkpoint(tiny_config(vocab_size=tokenizer.vocab_size), {}, tokenizer)
-        source, tokenizer = choose_template(template, base)
+        source, tokenizer = choose_template(template, tokenizer)
         fields = dict(chat_template=source, ends=Chat(source, tokenizer).ends)
     config = tiny_config(vocab_size=tokenizer.vocab_size, context_length=200)
     save_model(folder, Checkpoint(config, weights_of(tiny_model(config)), tokenizer, **fields))

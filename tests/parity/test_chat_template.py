@@ -77,7 +77,7 @@ NAMES = ["char", "byte", "bpe", "gpt2", *MAKERS]
 @pytest.mark.parametrize("name", NAMES)
 def test_conversations_have_their_ids(name: str, template: str, tmp_path: Path) -> None:
     if template in BUILT_IN:
-        source, tokenizer = choose_template(template, Checkpoint(None, {}, tokenizer_of(name)))  # type: ignore
+        source, tokenizer = choose_template(template, tokenizer_of(name))
     else:
         source, tokenizer = TEMPLATES[template], add_tokens(tokenizer_of(name), TOKENS)
     theirs, chat = saved(tokenizer, source, tmp_path / "model"), Chat(source, tokenizer)
@@ -125,7 +125,7 @@ def test_added_tokens_have_their_ids(name: str, tmp_path: Path) -> None:
 def test_a_saved_model_chats_and_stops(shape: str, template: str, tmp_path: Path) -> None:
     """Greedy answers of `generate` are ours, and end at the template's token."""
     base = tokenizer_of("char")
-    source, tokenizer = choose_template(template, Checkpoint(None, {}, base))  # type: ignore
+    source, tokenizer = choose_template(template, base)
     chat = Chat(source, tokenizer)
     talk = [Turn("user", "What?")]
     config = tiny_config(shape, vocab_size=tokenizer.vocab_size, context_length=100)

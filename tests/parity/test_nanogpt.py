@@ -21,7 +21,7 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from conftest import tiny_config, tiny_model, weights_of
 from glassgpt.api import LoadedModel
-from glassgpt.checkpoints.formats import export
+from glassgpt.checkpoints.formats import export_model
 from glassgpt.checkpoints.nanogpt import load_nanogpt, save_nanogpt
 from glassgpt.checkpoints.run_directory import Checkpoint, load_model, save_model
 from glassgpt.errors import UserError
@@ -289,7 +289,7 @@ def test_the_difference_of_the_approximate_gelu_is_told(tmp_path: Path) -> None:
     assert config.activation == "gelu_tanh"
     weights = weights_of(tiny_model(config))
     checkpoint = Checkpoint(config, weights, CharTokenizer.from_characters(LETTERS))
-    told = export(checkpoint, "nanogpt", tmp_path).difference
+    told = export_model(checkpoint, "nanogpt", tmp_path).difference
     assert 1e-6 < told < 0.1
     exact, read, _, _ = load_nanogpt(tmp_path)
     tokens = torch.randint(37, (1, 13))

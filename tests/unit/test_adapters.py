@@ -13,7 +13,7 @@ import torch
 
 import glassgpt
 from conftest import refuse, tiny_config, tiny_model, weights_of
-from glassgpt.checkpoints import hub
+from glassgpt.checkpoints import load
 from glassgpt.checkpoints.load import load_pretrained
 from glassgpt.checkpoints.run_directory import (
     Checkpoint,
@@ -92,14 +92,14 @@ def test_adapters_and_bases_by_their_published_names(
     adapter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     published = {"someone/adapter": adapter, "someone/base": adapter.parent / "base"}
-    monkeypatch.setattr(hub, "fetch", published.__getitem__)
+    monkeypatch.setattr(load, "fetch_published", published.__getitem__)
     rewrite(adapter, base_model_name_or_path="someone/base")
     loaded = load_pretrained("someone/adapter")
     assert loaded.config == SHAPES["qwen3"]
     assert loaded.info["source"].endswith("of someone/base")
-    assert hub._is_complete(adapter)
+    assert load._is_complete(adapter)
     (adapter / "adapter_model.safetensors").unlink()
-    assert not hub._is_complete(adapter)
+    assert not load._is_complete(adapter)
 
 
 def test_rank_stabilised_scales_and_those_of_single_matrices(tmp_path: Path, adapter: Path) -> None:

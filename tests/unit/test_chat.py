@@ -62,14 +62,9 @@ every_tokenizer = pytest.mark.parametrize("name", ["char", "byte", "bpe", "gpt2"
 every_template = pytest.mark.parametrize("template", [*BUILT_IN, *TEMPLATES])
 
 
-def base(tokenizer: Tokenizer, template: str | None = None) -> Checkpoint:
-    config = tiny_config(vocab_size=tokenizer.vocab_size)
-    return Checkpoint(config, {}, tokenizer, chat_template=template)
-
-
 def chat_of(template: str, tokenizer: Tokenizer) -> Chat:
     if template in BUILT_IN:
-        return Chat(*choose_template(template, base(tokenizer)))
+        return Chat(*choose_template(template, tokenizer))
     return Chat(TEMPLATES[template], add_tokens(tokenizer, TOKENS))
 
 
@@ -248,13 +243,13 @@ def test_the_ends_of_an_answer(template: str, names: list[str]) -> None:
 def test_auto_is_the_models_own_then_headings_then_chatml() -> None:
     bpe, poor = tokenizer_of("bpe"), CharTokenizer.from_characters("abcdefghijklmnopqrstuvwxyz\n")
     own = TEMPLATES["llama2"]
-    assert choose_template("auto", base(bpe, own)) == (own, bpe)
-    source, tokenizer = choose_template("auto", base(bpe))
+    assert choose_template("auto", bpe, own) == (own, bpe)
+    source, tokenizer = choose_template("auto", bpe)
     assert (source, tokenizer.spec) == (HEADINGS, bpe.spec)  # it has an end of text already
-    source, tokenizer = choose_template("auto", base(tokenizer_of("char")))
+    source, tokenizer = choose_template("auto", tokenizer_of("char"))
     assert source == HEADINGS
     assert list(tokenizer.special) == ["<|endoftext|>"]
-    source, tokenizer = choose_template("auto", base(poor))
+    source, tokenizer = choose_template("auto", poor)
     assert source == CHATML
     assert tokenizer.special == {"<|im_start|>": 28, "<|im_end|>": 29}
 
@@ -277,7 +272,7 @@ def test_a_file_may_hold_the_template(tmp_path: Path) -> None:
     path = tmp_path / "mine.jinja"
     path.write_text("<|begin|>{% for m in messages %}{{ m.role }}:{{ m.content }}{{ eos_token }}"
                     "{% endfor %}")  # fmt: skip
-    source, tokenizer = choose_template(str(path), base(tokenizer_of("char")))
+    source, tokenizer = choose_template(str(path), tokenizer_of("char"))
     assert source == path.read_text()
     assert list(tokenizer.special) == ["<|begin|>", "<|endoftext|>"]
 
@@ -300,13 +295,13 @@ def test_a_file_may_hold_the_template(tmp_path: Path) -> None:
 def test_templates_that_are_refused(template: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "t.jinja").write_text(template)
     with pytest.raises(UserError, match=message):
-        choose_template(str(tmp_path / "t.jinja"), base(tokenizer_of("bpe")))
+        choose_template(str(tmp_path / "t.jinja"), tokenizer_of("bpe"))
     with pytest.raises(UserError, match=message):
-        choose_template("auto", base(tokenizer_of("bpe"), template))
+        choose_template("auto", tokenizer_of("bpe"), template)
 
 
 def test_a_vocabulary_without_the_characters_is_refused(tmp_path: Path) -> None:
-    poor = base(CharTokenizer.from_characters("abcdef\n"))
+    poor = CharTokenizer.from_characters("abcdef\n")
     with pytest.raises(UserError, match=r"lacks 's' 'y' 't' .* Jinja file"):
         choose_template("auto", poor)
     with pytest.raises(UserError, match="lacks '#' ' ' 'S' 'y' 's' 't' 'm' ':' 'U' 'r'"):

@@ -31,7 +31,7 @@ from glassgpt.checkpoints.tensors import SafeTensors, write_tensors
 from glassgpt.config import ModelConfig
 from glassgpt.errors import UserError
 from glassgpt.system import write_file
-from glassgpt.tokenizers.tokenizer import CharTokenizer, byte_tokenizer, fingerprint
+from glassgpt.tokenizers.tokenizer import CharTokenizer, byte_tokenizer, tokenizer_fingerprint
 
 CHARACTERS = "abcdefghijklmnopqrstuvwxyz .,!?\n-:;'"  # 36, and <unk>
 
@@ -80,7 +80,7 @@ def test_saved_and_loaded_is_the_same(tmp_path: Path, shape: str, fields: dict) 
     loaded = load_model(tmp_path / "deep" / "run")
     assert loaded.config == checkpoint.config
     assert_equal(loaded.weights, checkpoint.weights)
-    assert fingerprint(loaded.tokenizer) == fingerprint(checkpoint.tokenizer)
+    assert tokenizer_fingerprint(loaded.tokenizer) == tokenizer_fingerprint(checkpoint.tokenizer)
     assert loaded.info["step"] == 0
     assert loaded.info["model"] == dataclasses.asdict(checkpoint.config)
 

@@ -16,7 +16,7 @@ import torch
 
 from conftest import tiny_config, tiny_model
 from glassgpt.cache import KVCache
-from glassgpt.checkpoints.onnx import _save, largest_difference, write_onnx
+from glassgpt.checkpoints.onnx import _save, onnx_difference, write_onnx
 from glassgpt.config import ModelConfig
 from glassgpt.errors import UserError
 from glassgpt.model import GPT, attention_by_hand
@@ -121,14 +121,14 @@ def test_every_weight_is_stored_once(exported: tuple[Path, GPT]) -> None:
     assert sum(a.size for a in stored) < 1.1 * model.config.n_parameters + 200  # and nothing else
 
 
-def test_largest_difference(exported: tuple[Path, GPT]) -> None:
+def test_onnx_difference(exported: tuple[Path, GPT]) -> None:
     path, model = exported
-    assert largest_difference(path, model) < 1e-5
+    assert onnx_difference(path, model) < 1e-5
     other = tiny_model(model.config, seed=4)
-    assert largest_difference(path, other) > 0.1
+    assert onnx_difference(path, other) > 0.1
     with torch.no_grad():
         other.head.weight.fill_(torch.nan)
-    assert np.isnan(largest_difference(path, other))
+    assert np.isnan(onnx_difference(path, other))
 
 
 @pytest.mark.slow
@@ -136,7 +136,7 @@ def test_the_smallest_context(tmp_path: Path, capfd: pytest.CaptureFixture[str])
     model = tiny_model(tiny_config("gpt2", context_length=4, n_layer=1))
     write_onnx(tmp_path / "model.onnx", model)
     assert capfd.readouterr() == ("", "")  # and the exporter has kept its remarks to itself
-    assert largest_difference(tmp_path / "model.onnx", model) < 1e-5
+    assert onnx_difference(tmp_path / "model.onnx", model) < 1e-5
 
 
 @pytest.mark.parametrize("fields", [dict(n_layer=0), dict(context_length=3)])
@@ -161,7 +161,7 @@ def test_large_weights_lie_beside_the_graph(
     assert sorted(os.listdir(tmp_path)) == ["model.onnx", "model.onnx.data"]
     size = path.with_name("model.onnx.data").stat().st_size
     assert 3.5 < size / model.config.n_parameters < 5  # bytes; the graph keeps the norms
-    assert largest_difference(path, model) < 1e-5
+    assert onnx_difference(path, model) < 1e-5
     assert model.training
     assert vars(model.blocks[0].attn)["attend"] is attention_by_hand
     for before, after in zip(weights, model.parameters(), strict=True):
@@ -169,7 +169,7 @@ def test_large_weights_lie_beside_the_graph(
 
     write_onnx(path, model)  # now in one file: the other is not left behind
     assert os.listdir(tmp_path) == ["model.onnx"]
-    assert largest_difference(path, model) < 1e-5
+    assert onnx_difference(path, model) < 1e-5
 
 
 class FullDisk:
@@ -195,7 +195,7 @@ def test_missing_packages_are_named(
 ) -> None:
     monkeypatch.setitem(sys.modules, missing, None)
     model = tiny_model(tiny_config(n_layer=1))
-    needy = largest_difference if missing == "onnxruntime" else write_onnx
+    needy = onnx_difference if missing == "onnxruntime" else write_onnx
     with pytest.raises(UserError, match="needs: pip install") as error:
         needy(tmp_path / "model.onnx", model)
     assert "\n" not in str(error.value)

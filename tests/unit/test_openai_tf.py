@@ -19,9 +19,16 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from bundle_writer import block, entry, field, index, table, varint, write_bundle
 from glassgpt import numpy_gpt
 from glassgpt.checkpoints import crc32c as crc32c_module
-from glassgpt.checkpoints.crc32c import crc32c, masked
-from glassgpt.checkpoints.openai import MODELS, files_of, from_openai, is_openai, load_openai
-from glassgpt.checkpoints.tensor_bundle import TensorBundle
+from glassgpt.checkpoints.crc32c import crc32c
+from glassgpt.checkpoints.load import is_openai
+from glassgpt.checkpoints.openai import (
+    MODELS,
+    TensorBundle,
+    files_of,
+    from_openai,
+    load_openai,
+    masked_crc32c,
+)
 from glassgpt.errors import UserError
 
 FIXTURE = Path(__file__).parent / "openai_fixture"
@@ -215,7 +222,7 @@ def test_a_tensor_beyond_four_gigabytes(tmp_path: Path) -> None:
     with open(tmp_path / "model.ckpt.data-00000-of-00001", "wb") as file:
         file.seek(offset)
         file.write(tensor.tobytes())
-    raw = index({"far": dict(shape=(4, 5), offset=offset, size=80, crc=masked(crc32c(tensor)))})
+    raw = index({"far": dict(shape=(4, 5), offset=offset, size=80, crc=masked_crc32c(tensor.tobytes()))})
     (tmp_path / "model.ckpt.index").write_bytes(raw)
     np.testing.assert_array_equal(TensorBundle(tmp_path / "model.ckpt")["far"], tensor)
 
@@ -268,7 +275,7 @@ def test_a_bad_index_is_refused(tmp_path: Path, name: str) -> None:
 def _one_block(content: bytes) -> bytes:
     """An index whose only block holds `content`, with right checksums."""
     data = content + b"\0"
-    data += masked(crc32c(data)).to_bytes(4, "little")
+    data += masked_crc32c(data).to_bytes(4, "little")
     handles = block([(b"x", varint(0) + varint(len(content)))])
     footer = varint(0) + varint(0) + varint(len(data)) + varint(len(handles) - 5)
     return data + handles + footer.ljust(40, b"\0") + SOUND[-8:]
@@ -324,7 +331,7 @@ BAD_ENTRIES = {
     "longer than its shape": (dict(shape=(3, 7)), "contradictory"),
     "of huge shape": (dict(shape=(HUGE, HUGE, 0)), "contradictory"),
     "of great shape and no content": (
-        dict(shape=(1 << 39, 1 << 39, 0), size=0, crc=masked(0)),
+        dict(shape=(1 << 39, 1 << 39, 0), size=0, crc=masked_crc32c(b"")),
         "contradictory",
     ),
     "of many dimensions": (dict(shape=(1,) * 100, size=4), "contradictory"),

@@ -25,7 +25,7 @@ from glassgpt.tokenizers.tokenizer import (
     IncrementalDecoder,
     Tokenizer,
     byte_tokenizer,
-    fingerprint,
+    tokenizer_fingerprint,
     from_spec,
     load_tokenizer,
     to_files,
@@ -289,10 +289,10 @@ def save(tokenizer: Tokenizer, folder: Path) -> Path:
 def test_saved_and_loaded_is_the_same(make, tmp_path: Path) -> None:
     tokenizer = make()
     loaded = load_tokenizer(save(tokenizer, tmp_path))
-    assert fingerprint(loaded) == fingerprint(tokenizer)
-    assert fingerprint(load_tokenizer(tmp_path / "tokenizer.json")) == fingerprint(tokenizer)
+    assert tokenizer_fingerprint(loaded) == tokenizer_fingerprint(tokenizer)
+    assert tokenizer_fingerprint(load_tokenizer(tmp_path / "tokenizer.json")) == tokenizer_fingerprint(tokenizer)
     again = load_tokenizer(save(loaded, tmp_path / "again"))
-    assert fingerprint(again) == fingerprint(tokenizer)
+    assert tokenizer_fingerprint(again) == tokenizer_fingerprint(tokenizer)
     assert loaded.encode(CORPUS) == tokenizer.encode(CORPUS)
     assert loaded.kind == tokenizer.kind
     assert loaded.end_of_text == tokenizer.end_of_text
@@ -302,7 +302,7 @@ def test_saved_and_loaded_is_the_same(make, tmp_path: Path) -> None:
 def test_fingerprints_tell_tokenizers_apart() -> None:
     made = [char(), byte_tokenizer(), gpt2(), bpe(), train_bpe([CORPUS], 300)]
     made += [CharTokenizer.from_characters(CORPUS[:9]), CharTokenizer.from_characters(CORPUS[1:9])]
-    assert len({fingerprint(tokenizer) for tokenizer in made}) == len(made)
+    assert len({tokenizer_fingerprint(tokenizer) for tokenizer in made}) == len(made)
 
 
 def test_the_fingerprint_does_not_depend_on_the_order_in_the_file() -> None:
@@ -311,7 +311,7 @@ def test_the_fingerprint_does_not_depend_on_the_order_in_the_file() -> None:
     reordered["model"] = dict(reversed(spec["model"].items()))
     reordered["model"]["vocab"] = dict(reversed(spec["model"]["vocab"].items()))
     assert list(reordered) != list(spec)
-    assert fingerprint(from_spec(reordered)) == fingerprint(bpe())
+    assert tokenizer_fingerprint(from_spec(reordered)) == tokenizer_fingerprint(bpe())
     assert from_spec(reordered).encode(CORPUS) == bpe().encode(CORPUS)
 
 

@@ -1,28 +1,37 @@
 """`glassgpt export`: a model in another program's format, and proof that it still is the same.
 
-    exported = export(load_pretrained("runs/book"), "gguf", Path("book.gguf"))
+    exported = export_model(load_pretrained("runs/book"), "gguf", Path("book.gguf"))
 
-Each format is written by the room of its name, read back, and its logits compared with those of
-the plain NumPy model (ONNX: of ONNX Runtime with those of the torch model).
+Each format is written by the module of its name and read back. Its logits are compared with those
+of the plain NumPy model; for ONNX, those of ONNX Runtime with those of the torch model.
 """
 
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
+from glassgpt import numpy_gpt
 from glassgpt.checkpoints.run_directory import Checkpoint
-from glassgpt.config import Format, Precision
+from glassgpt.config import Format, ModelConfig, Precision
 from glassgpt.errors import UserError, explain_os_errors
 
-SUFFIXES: dict[Format, str] = {"gguf": ".gguf", "onnx": ".onnx", "nanogpt": "-nanogpt",
-                               "numpy": ".npz"}  # fmt: skip
+SUFFIXES: dict[Format, str] = {
+    "gguf": ".gguf",
+    "onnx": ".onnx",
+    "nanogpt": "-nanogpt",
+    "numpy": ".npz",
+}
+Model = tuple[ModelConfig, Mapping[str, np.ndarray]]
 
 
 @dataclass(frozen=True)
 class Exported:
-    """Where it is, and how far its logits are from the model's, at most."""
+    """Where the file is, its size, and how far its logits are from the model's, at most."""
 
     path: Path
     n_bytes: int
@@ -30,7 +39,7 @@ class Exported:
     note: str = ""
 
 
-def export(
+def export_model(
     checkpoint: Checkpoint,
     to: Format,
     out: Path,
@@ -60,30 +69,50 @@ def export(
     return Exported(out, size, difference, note)
 
 
+def logit_difference(ours: Model, theirs: Model, n_tokens: int = 64) -> float:
+    """The largest difference of any logit over `n_tokens` random tokens, the same every time.
+
+    Both models are computed by the plain NumPy model: this tests the numbers in a file.
+    """
+    config = ours[0]
+    length = min(n_tokens, config.context_length)
+    tokens = np.random.default_rng(0).integers(config.vocab_size, size=length)
+    ours_logits, theirs_logits = (
+        numpy_gpt.forward(tokens, weights, config) for config, weights in (ours, theirs)
+    )
+    return float(np.abs(ours_logits - theirs_logits).max())
+
+
 def _gguf(checkpoint: Checkpoint, out: Path, precision: Precision) -> tuple[float, str]:
-    from glassgpt.checkpoints.compare import largest_difference
     from glassgpt.checkpoints.gguf import read_gguf, write_gguf
 
     config, weights, name = checkpoint.config, checkpoint.weights, out.stem
-    halves = write_gguf(out, config, weights, checkpoint.tokenizer, kind=precision, name=name,
-                        template=checkpoint.chat_template, ends=checkpoint.ends)  # fmt: skip
+    halves = write_gguf(
+        out,
+        config,
+        weights,
+        checkpoint.tokenizer,
+        kind=precision,
+        name=name,
+        template=checkpoint.chat_template,
+        ends=checkpoint.ends,
+    )
     note = f"{len(halves)} matrices stay F16: their rows are no multiple of 32" if halves else ""
-    return largest_difference((config, weights), read_gguf(out)), note
+    return logit_difference((config, weights), read_gguf(out)), note
 
 
 def _onnx(checkpoint: Checkpoint, out: Path, precision: Precision) -> tuple[float, str]:
-    from glassgpt.checkpoints.onnx import largest_difference, write_onnx
+    from glassgpt.checkpoints.onnx import onnx_difference, write_onnx
     from glassgpt.model import GPT
 
     if importlib.util.find_spec("onnxruntime") is None:
         raise UserError("checking an ONNX file needs: pip install 'glassgpt[onnx]'")
     model = GPT.from_weights(checkpoint.config, checkpoint.weights)
     write_onnx(out, model)
-    return largest_difference(out, model), ""
+    return onnx_difference(out, model), ""
 
 
 def _nanogpt(checkpoint: Checkpoint, out: Path, precision: Precision) -> tuple[float, str]:
-    from glassgpt.checkpoints.compare import largest_difference
     from glassgpt.checkpoints.nanogpt import load_nanogpt, save_nanogpt
 
     config, weights = checkpoint.config, checkpoint.weights
@@ -91,15 +120,14 @@ def _nanogpt(checkpoint: Checkpoint, out: Path, precision: Precision) -> tuple[f
     read_config, read_weights, _, _ = load_nanogpt(out)
     exact = config.activation == "gelu_tanh"
     note = "nanoGPT computes the exact GELU, this model its tanh form" if exact else ""
-    return largest_difference((config, weights), (read_config, read_weights)), note
+    return logit_difference((config, weights), (read_config, read_weights)), note
 
 
 def _numpy(checkpoint: Checkpoint, out: Path, precision: Precision) -> tuple[float, str]:
-    from glassgpt.checkpoints.compare import largest_difference
     from glassgpt.checkpoints.npz import read_numpy, write_numpy
 
     write_numpy(out, checkpoint.config, checkpoint.weights)
-    return largest_difference((checkpoint.config, checkpoint.weights), read_numpy(out)), ""
+    return logit_difference((checkpoint.config, checkpoint.weights), read_numpy(out)), ""
 
 
 _WRITERS = {"gguf": _gguf, "onnx": _onnx, "nanogpt": _nanogpt, "numpy": _numpy}

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ from glassgpt.checkpoints.huggingface import split_qkv
 from glassgpt.config import ModelConfig, RopeScaling
 from glassgpt.config import Precision as Kind
 from glassgpt.errors import UserError, explain_os_errors
+from glassgpt.system import replacing
 from glassgpt.tokenizers.tokenizer import UNKNOWN, LibraryTokenizer, Tokenizer
 from glassgpt.tokenizers.tokenizer_json import (
     GPT2_PATTERN,
@@ -107,16 +107,12 @@ def write_gguf(
         block, size = gguf.GGML_QUANT_SIZES[kinds[theirs]]
         n_bytes = tensor.size // block * size
         writer.add_tensor_info(theirs, tensor.shape, tensor.dtype, n_bytes, kinds[theirs])
-    temporary = path.with_name(f".{path.name}.partial")
-    with explain_os_errors(f"write {path}"):
+    with replacing(path) as file:
         try:
-            _write(writer, temporary, _tensors(config, weights), kinds)
-            os.replace(temporary, path)
-        except BaseException:  # Ctrl-C, too, leaves no half of a file
+            _write(writer, Path(file.name), _tensors(config, weights), kinds)
+        finally:
             with contextlib.suppress(OSError):
                 writer.close()
-            temporary.unlink(missing_ok=True)
-            raise
     half = gguf.GGMLQuantizationType.F16
     return [theirs for theirs, was in kinds.items() if kind == "Q8_0" and was == half]
 
@@ -251,8 +247,6 @@ def _write(
         file.write(np.ascontiguousarray(data).data)
         writer.write_padding(file, data.nbytes)
     file.flush()
-    os.fsync(file.fileno())
-    writer.close()
 
 
 # -- settings and tokens -------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from glassgpt.checkpoints.tensors import Lazy, shapes_of
+from glassgpt.checkpoints.tensors import Lazy, tensor_shapes
 from glassgpt.config import Family, ModelConfig, RopeScaling
 from glassgpt.errors import UserError
 
@@ -74,7 +74,7 @@ def from_huggingface(
     Of a classifier with these `labels`, "score.weight" (n_classes, C) instead of "head.weight".
     Raises `UserError` for missing or misshapen ones at once.
     """
-    found = shapes_of(tensors)
+    found = tensor_shapes(tensors)
     if config.n_layer > len(found):  # or the list of their names might fill the memory
         raise UserError(f"{where}: {len(found)} tensors are too few for {config.n_layer} layers")
     expected = config.weight_shapes | {"score.weight": (len(labels), config.n_embd)}

@@ -3,17 +3,17 @@
     checkpoint = load_pretrained("gpt2")        # "runs/book", "HuggingFaceTB/SmolLM2-135M",
                                                 # "openai:124M", "nanoGPT/out/ckpt.pt"
 
-What each format looks like inside is the business of `convert/`; this room finds out which it is.
+This module finds out which format it is, and fetches published models. What a format looks like
+inside is the business of the module of that name, which is imported when it is needed.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 
-from glassgpt.checkpoints import hub
-from glassgpt.checkpoints.openai import files_of, is_openai, load_openai
 from glassgpt.checkpoints.run_directory import (
     Checkpoint,
     base_of,
@@ -22,10 +22,26 @@ from glassgpt.checkpoints.run_directory import (
     with_adapter,
 )
 from glassgpt.errors import UserError, explain_os_errors
-from glassgpt.system import SILENT, Reporter, cache_dir, download, write_file
-from glassgpt.tokenizers.tokenizer import Tokenizer, fingerprint
+from glassgpt.system import SILENT, Reporter, cache_dir, download, sha256_of, write_file
+from glassgpt.tokenizers.tokenizer import Tokenizer, tokenizer_fingerprint
 from glassgpt.tokenizers.vocabulary import GPT2_FILES, build_tokenizer
 
+# As people type them; the hub calls them openai-community/gpt2 and so on, and answers to both.
+SHORT_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2")
+_HUB_FILES = [
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "model-*.safetensors",
+    "model.safetensors.index.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+]
 _OPENAI = "openai:"
 
 
@@ -54,9 +70,14 @@ def load_pretrained(name: str | Path, reporter: Reporter = SILENT) -> Checkpoint
     return load_model(path)
 
 
+def is_openai(folder: Path) -> bool:
+    """Whether a folder holds OpenAI's release (not whether they are sound)."""
+    return (folder / "hparams.json").is_file() and (folder / "model.ckpt.index").is_file()
+
+
 def tokenizer_file(tokenizer: Tokenizer) -> str:
     """Where this tokenizer lies as tokenizer.json, for `prepare`, which takes names and paths."""
-    path = cache_dir() / "tokenizers" / fingerprint(tokenizer) / "tokenizer.json"
+    path = cache_dir() / "tokenizers" / tokenizer_fingerprint(tokenizer) / "tokenizer.json"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         write_file(path, json.dumps(tokenizer.spec, ensure_ascii=False).encode())
@@ -66,7 +87,7 @@ def tokenizer_file(tokenizer: Tokenizer) -> str:
 def _find(name: str) -> Path:
     """Where it lies here, or would; a published one is fetched first."""
     path = Path(name).expanduser()
-    return hub.fetch(name) if not path.exists() and hub.is_hub_name(name) else path
+    return fetch_published(name) if not path.exists() and is_hub_name(name) else path
 
 
 def _adapted(folder: Path, reporter: Reporter) -> Checkpoint:
@@ -83,12 +104,16 @@ def _adapted(folder: Path, reporter: Reporter) -> Checkpoint:
 
 
 def _openai(folder: Path) -> Checkpoint:
+    from glassgpt.checkpoints.openai import load_openai
+
     config, weights, tokenizer = load_openai(folder)
     return Checkpoint(config, weights, tokenizer, {"source": f"OpenAI's release in {folder}"})
 
 
 def _fetch_openai(model: str, reporter: Reporter) -> Path:
     """The release folder, downloaded once. Its tensors carry checksums, verified on reading."""
+    from glassgpt.checkpoints.openai import files_of
+
     folder = cache_dir() / "openai" / model
     try:
         for file, url in files_of(model).items():
@@ -99,6 +124,8 @@ def _fetch_openai(model: str, reporter: Reporter) -> Path:
 
 
 def _nanogpt(path: Path) -> Checkpoint:
+    from glassgpt.checkpoints.nanogpt import load_nanogpt
+
     if path.is_file():
         with open(path, "rb") as file:
             if file.read(4) == b"GGUF":
@@ -113,5 +140,82 @@ def _nanogpt(path: Path) -> Checkpoint:
 
 
 def _refuse_gguf(path: Path) -> None:
-    raise UserError(f"{path} holds GGUF, which GlassGPT writes but does not read; name the model "
-                    "that it was made from")  # fmt: skip
+    raise UserError(
+        f"{path} holds GGUF, which GlassGPT writes but does not read; name the model that it was "
+        "made from"
+    )
+
+
+# -- the hub ---------------------------------------------------------------------------------------
+
+
+def is_hub_name(name: str) -> bool:
+    """gpt2, or OWNER/MODEL; not what looks like a path to something here."""
+    if name in SHORT_NAMES:
+        return True
+    owner, _, model = name.partition("/")
+    plain = re.compile(r"[A-Za-z0-9][\w.-]*")
+    return bool(plain.fullmatch(owner) and plain.fullmatch(model)) and not Path(owner).exists()
+
+
+def fetch_published(name: str) -> Path:
+    """The folder with the files of a model on the hub; raises `UserError` when they can't be had.
+
+    Files lie where huggingface_hub keeps them for every program (~/.cache/huggingface, $HF_HOME).
+    It knows tokens for gated models, mirrors ($HF_ENDPOINT) and how to go on after a cut, but it
+    does not compare large files with their SHA-256; that happens here. What is complete on this
+    disk is used as it is, without asking the network.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
+
+    disable_progress_bars()
+    try:
+        folder = Path(snapshot_download(name, allow_patterns=_HUB_FILES, local_files_only=True))
+        if _is_complete(folder):
+            return folder
+    except Exception:  # not there, or a part of it; every version of the library raises another error
+        pass
+    finally:
+        enable_progress_bars()
+    known = set(_blobs(name))
+    try:
+        folder = Path(snapshot_download(name, allow_patterns=_HUB_FILES))
+    except Exception as error:
+        reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+        raise UserError(
+            f"{name!r} is no folder here, and as a published model it can't be fetched: {reason} "
+            "(a gated model needs `hf auth login`; offline only what was fetched before is there)"
+        ) from error
+    for blob in set(_blobs(name)) - known:
+        _check_blob(blob, name)
+    return folder
+
+
+def _blobs(name: str) -> list[Path]:
+    """The stored files; those from large-file storage are named by their SHA-256."""
+    from huggingface_hub import constants
+
+    folder = Path(constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}" / "blobs"
+    return [path for path in folder.glob("*") if re.fullmatch("[0-9a-f]{64}", path.name)]
+
+
+def _check_blob(blob: Path, name: str) -> None:
+    if (found := sha256_of(blob)) != blob.name:
+        blob.unlink()
+        raise UserError(
+            f"{name}: refused a file, because its SHA-256 is {found} and not {blob.name}: "
+            "damaged on the way; try again"
+        )
+
+
+def _is_complete(folder: Path) -> bool:
+    if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
+        return (folder / "adapter_model.safetensors").exists()
+    index = folder / "model.safetensors.index.json"
+    try:
+        weights = set(json.loads(index.read_bytes())["weight_map"].values())
+    except (OSError, ValueError, KeyError):
+        weights = {"model.safetensors"}
+    tokenizer = (folder / "tokenizer.json").exists() or (folder / "merges.txt").exists()
+    return tokenizer and all((folder / name).exists() for name in {"config.json", *weights})

@@ -8,14 +8,13 @@ It holds every weight under its name in model.py, and the config as JSON in `con
     config = ModelConfig(**json.loads(str(file["config.json"])))
     logits = numpy_gpt.forward(np.array([5, 8, 13]), file, config)
 
-It knows no tokenizer, no torch, and no other way to compute than asking numpy_gpt.py.
+This module knows no tokenizer and no torch.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,24 +23,16 @@ import numpy as np
 
 from glassgpt.config import ModelConfig
 from glassgpt.errors import UserError, explain_os_errors
+from glassgpt.system import replacing
 
 
 def write_numpy(path: Path, config: ModelConfig, weights: Mapping[str, np.ndarray]) -> None:
     """Write `path` whole or not at all; one weight at a time is asked for and in memory."""
-    temporary = path.with_name(f".{path.name}.partial")
-    with explain_os_errors(f"write {path}"):
-        try:
-            with open(temporary, "wb") as file:
-                with zipfile.ZipFile(file, "w") as archive:
-                    about = json.dumps(dataclasses.asdict(config))
-                    _write_member(archive, "config.json", np.array(about))
-                    for name in config.weight_shapes:
-                        _write_member(archive, name, weights[name])
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+    with replacing(path) as file, zipfile.ZipFile(file, "w") as archive:
+        about = json.dumps(dataclasses.asdict(config))
+        _write_member(archive, "config.json", np.array(about))
+        for name in config.weight_shapes:
+            _write_member(archive, name, weights[name])
 
 
 def _write_member(archive: zipfile.ZipFile, name: str, array: np.ndarray) -> None:

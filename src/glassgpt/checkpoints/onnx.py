@@ -1,6 +1,6 @@
 """A model as an ONNX graph, for ONNX Runtime in any language, browsers and phones.
 
-    write_onnx(Path("book.onnx"), model); largest_difference(Path("book.onnx"), model)
+    write_onnx(Path("book.onnx"), model); onnx_difference(Path("book.onnx"), model)
 
 torch traces model.py itself, so there is no second copy of the architecture here. Names are those
 that other tools expect of a decoder with a cache; every sequence of the batch has the same
@@ -172,7 +172,7 @@ def _save(path: Path, program: torch.onnx.ONNXProgram, *, external_data: bool) -
 
 
 @torch.inference_mode()
-def largest_difference(path: Path, model: GPT) -> float:
+def onnx_difference(path: Path, model: GPT) -> float:
     """How far logits of ONNX Runtime are from those of `model`, at most.
 
     Random tokens in two rows: most of them at once into an empty cache, then two, then one.

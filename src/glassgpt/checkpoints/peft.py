@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from glassgpt.checkpoints.huggingface import stored_shapes, tensor_names
-from glassgpt.checkpoints.tensors import Lazy, shapes_of
+from glassgpt.checkpoints.tensors import Lazy, tensor_shapes
 from glassgpt.config import ModelConfig
 from glassgpt.errors import UserError
 
@@ -105,7 +105,7 @@ def apply_adapter(
     Raises `UserError` at once for what is no product of two matrices beside one of ours.
     """
     try:
-        pairs = _read_pairs(config, adapter_config, shapes_of(tensors))
+        pairs = _read_pairs(config, adapter_config, tensor_shapes(tensors))
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
     except (KeyError, TypeError, ValueError, AttributeError, re.error) as error:

@@ -74,7 +74,7 @@ def require_language_model(checkpoint: Checkpoint, name: str | Path = "this mode
     return checkpoint
 
 
-def fingerprint(checkpoint: Checkpoint) -> str:
+def model_fingerprint(checkpoint: Checkpoint) -> str:
     """16 hex digits that change when the weights do: of each tensor some numbers are looked at,
     since training moves all of them."""
     digest = hashlib.sha256()

@@ -115,7 +115,7 @@ def widen_bfloat16(raw: np.ndarray) -> np.ndarray:
     return wide.view(np.float32)
 
 
-def shapes_of(tensors: Mapping[str, np.ndarray]) -> Mapping[str, tuple[int, ...]]:
+def tensor_shapes(tensors: Mapping[str, np.ndarray]) -> Mapping[str, tuple[int, ...]]:
     """Name -> shape; without reading anything where they are known."""
     known = getattr(tensors, "shapes", None)
     return known if known is not None else {name: t.shape for name, t in tensors.items()}

@@ -18,9 +18,8 @@ from typing import Any
 import numpy as np
 
 import glassgpt
-from glassgpt.checkpoints import hub
 from glassgpt.checkpoints.huggingface import labels_from_json
-from glassgpt.checkpoints.load import load_pretrained
+from glassgpt.checkpoints.load import is_hub_name, load_pretrained
 from glassgpt.checkpoints.run_directory import find_model, read_json
 from glassgpt.config import DataConfig
 from glassgpt.errors import UserError, explain_os_errors, first_of
@@ -203,7 +202,7 @@ def _read(folder: Path) -> list[dict[str, Any]]:
     """metrics.jsonl; says what to name instead where there is none."""
     path = folder / "metrics.jsonl"
     if not folder.exists():
-        if hub.is_hub_name(str(folder)):
+        if is_hub_name(str(folder)):
             raise UserError(
                 f"{folder} is no folder here, and published models keep no record of "
                 "their training; --embedding and --attention draw them"

@@ -283,15 +283,14 @@ def export_verb(
     overwrite:
         Replace OUT if it exists.
     """
-    from glassgpt.checkpoints.formats import SUFFIXES
-    from glassgpt.checkpoints.formats import export as write
+    from glassgpt.checkpoints.formats import SUFFIXES, export_model
     from glassgpt.checkpoints.load import load_pretrained
     from glassgpt.checkpoints.run_directory import require_language_model
 
     name = Path(run).resolve().name if Path(run).exists() else run.replace(":", "-")
     target = Path(out) if out else Path(name.rpartition("/")[2].removesuffix(".pt") + SUFFIXES[to])
     checkpoint = require_language_model(load_pretrained(run), run)
-    done = write(checkpoint, to, target, precision=precision, overwrite=overwrite)
+    done = export_model(checkpoint, to, target, precision=precision, overwrite=overwrite)
     print(f"{done.path}: {done.n_bytes / 1e6:,.1f} MB · largest difference in logits "
           f"{done.difference:.2g}" + (f" · {done.note}" if done.note else ""))  # fmt: skip
 

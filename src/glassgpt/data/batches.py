@@ -21,7 +21,7 @@ import numpy as np
 from glassgpt.data.prepared import is_prepared as is_prepared  # whoever loads data asks that first
 from glassgpt.errors import UserError, explain_os_errors, first_of
 from glassgpt.tokenizers.nanogpt_meta import tokenizer_of_meta
-from glassgpt.tokenizers.tokenizer import Tokenizer, fingerprint, load_tokenizer
+from glassgpt.tokenizers.tokenizer import Tokenizer, load_tokenizer, tokenizer_fingerprint
 
 IGNORE = -100  # a target that carries no loss
 
@@ -209,7 +209,7 @@ def _load_ours(path: Path) -> Dataset:
             if isinstance(error, UserError):
                 raise
             raise UserError(f"{path / 'meta.json'} is damaged: {error!r}") from error
-    if fingerprint(tokenizer) != meta.get("tokenizer"):
+    if tokenizer_fingerprint(tokenizer) != meta.get("tokenizer"):
         raise UserError(f"{path}: the data were made with another tokenizer.json than this one")
     return Dataset(path, splits["train"], splits["val"], tokenizer, name, source)
 

@@ -30,7 +30,7 @@ from glassgpt.data.overlap import OverlapSample
 from glassgpt.data.prepared import TokenWriter, new_folder, read_meta
 from glassgpt.errors import UserError, explain_os_errors, first_of
 from glassgpt.system import SILENT, Reporter, usable_cores, write_file
-from glassgpt.tokenizers.tokenizer import Tokenizer, fingerprint, to_files
+from glassgpt.tokenizers.tokenizer import Tokenizer, to_files, tokenizer_fingerprint
 from glassgpt.tokenizers.vocabulary import build_tokenizer, tokenizer_path
 
 FORMAT = 3  # goes up when the same text and options give other tokens
@@ -185,7 +185,7 @@ class _Preparation:
         return {
             "format": FORMAT,
             "dtype": dtype,
-            "tokenizer": fingerprint(self.tokenizer),
+            "tokenizer": tokenizer_fingerprint(self.tokenizer),
             "tokenizer_kind": self.tokenizer.kind,
             "vocab_size": self.tokenizer.vocab_size,
             **splits,

@@ -176,7 +176,8 @@ class _Reader:
         else:
             self.check_number(examples)
             train, val = split_examples(train, self.files.val_fraction)
-        chat = Chat(*choose_template(self.config.template, self.base))
+        base = self.base
+        chat = Chat(*choose_template(self.config.template, base.tokenizer, base.chat_template))
         rows, counted = encode_all(chat, train, T, self.config.loss_on)
         val_rows, judged = encode_all(chat, val, T, self.config.loss_on)
         for what, some in (("to learn from", rows), ("to judge by", val_rows)):

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from glassgpt.checkpoints.load import load_pretrained
-from glassgpt.checkpoints.run_directory import Checkpoint, fingerprint
+from glassgpt.checkpoints.run_directory import Checkpoint, model_fingerprint
 from glassgpt.config import ENDLESS, FinetuneConfig, ModelConfig, TrainConfig
 from glassgpt.errors import UserError, explain_os_errors
 from glassgpt.finetuning.data import FinetuneData, open_finetune_data
@@ -96,7 +96,7 @@ def finetune(
 
 def _check_same_base(base: Checkpoint, state: Mapping[str, Any], request: Request) -> None:
     """An adapter is a correction to certain weights, and means nothing beside others."""
-    if state.get("base") not in (None, fingerprint(base)):  # older runs don't know theirs
+    if state.get("base") not in (None, model_fingerprint(base)):  # older runs don't know theirs
         raise UserError(
             f"{state['options']['init_from']} has changed since {request.resume} was started, and "
             "its adapter belongs to the old weights; bring them back, or start anew"

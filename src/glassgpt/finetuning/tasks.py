@@ -50,7 +50,7 @@ class FinetuneTask(TextTask):
         """`pretraining`: how the base learned at first, for whoever finetunes the result."""
         super().__init__(tokenizer, config)
         self.pretraining = pretraining or {}
-        self.base_fingerprint = None if lora is None else ckpt.fingerprint(base)
+        self.base_fingerprint = None if lora is None else ckpt.model_fingerprint(base)
         self.base_name, self.lora, self.layer_decay = base_name, lora, layer_decay
         self.chat_template, self.ends = base.chat_template, base.ends
         self.n_new = tokenizer.vocab_size - base.tokenizer.vocab_size

@@ -11,7 +11,7 @@ import numpy as np
 
 from glassgpt.inference.generate import probabilities
 from glassgpt.tokenizers.tokenizer import Tokenizer
-from glassgpt.tokenizers.tokenizer_json import byte_alphabet, pair
+from glassgpt.tokenizers.tokenizer_json import byte_alphabet, merge_pair
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def merges(tokenizer: Tokenizer, token: int) -> list[list[str]]:
     if not model.get("merges") or token in tokenizer.special.values():
         return []
     name = next((name for name, i in model["vocab"].items() if i == token), "")
-    ranks = {pair(merge): rank for rank, merge in enumerate(model["merges"])}
+    ranks = {merge_pair(merge): rank for rank, merge in enumerate(model["merges"])}
     parts, found = list(name), []
     while len(parts) > 1:
         pairs = list(zip(parts, parts[1:], strict=False))

@@ -1,6 +1,6 @@
 """Conversations as token ids: the template that frames them, and which ids the assistant writes.
 
-    template, tokenizer = choose_template("auto", checkpoint)
+    template, tokenizer = choose_template("auto", tokenizer, checkpoint.chat_template)
     chat = Chat(template, tokenizer)
     ids, learned = chat.encode(turns)  # to learn from
     ids = chat.prompt(turns)           # to be answered; the answer is over at one of chat.ends
@@ -24,7 +24,6 @@ from jinja2 import TemplateError, TemplateSyntaxError
 from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from glassgpt.checkpoints.run_directory import Checkpoint
 from glassgpt.errors import UserError, explain_os_errors, nearest
 from glassgpt.tokenizers.tokenizer import END_OF_TEXT, Tokenizer, add_tokens, either, named_tokens
 from glassgpt.tokenizers.tokenizer_json import tokens_before
@@ -193,16 +192,17 @@ class Chat:
 # -- choosing a template -------------------------------------------------------------------------
 
 
-def choose_template(name: str, checkpoint: Checkpoint) -> tuple[str, Tokenizer]:
+def choose_template(
+    name: str, base: Tokenizer, own_template: str | None = None
+) -> tuple[str, Tokenizer]:
     """A template by name or path, and the model's tokenizer with the tokens that it needs.
 
     "auto": the model's own; else headings; else, where characters of those are missing, chatml.
     Raises `UserError` when the template's characters are not in the vocabulary.
     """
-    base = checkpoint.tokenizer
-    if name == "auto" and checkpoint.chat_template is not None:
-        Chat(checkpoint.chat_template, base).ends  # noqa: B018  (one that can be used?)
-        return checkpoint.chat_template, base
+    if name == "auto" and own_template is not None:
+        Chat(own_template, base).ends  # noqa: B018  (one that can be used?)
+        return own_template, base
     # Models that expect a token before every text expect it before a conversation.
     begin = "{{ bos_token }}" if tokens_before(base.spec) else ""
     sources = [begin + source for key, source in BUILT_IN.items() if name in ("auto", key)]

@@ -26,7 +26,7 @@ from glassgpt.tokenizers.tokenizer_json import (
     bpe_pattern,
     byte_alphabet,
     byte_level,
-    pair,
+    merge_pair,
     special_tokens,
     tiktoken_can,
     tokenizer_json,
@@ -174,7 +174,7 @@ class BPETokenizer(_Spec):
         if not {bytes([b]) for b in range(256)} <= set(self._bytes_of):
             raise UserError("tokenizer.json is damaged: not every byte has an id")
         for merge in self.spec["model"]["merges"]:
-            if "".join(pair(merge)) not in self.spec["model"]["vocab"]:
+            if "".join(merge_pair(merge)) not in self.spec["model"]["vocab"]:
                 raise UserError(f"tokenizer.json is damaged: merge {merge} makes no token")
         self._encoding  # noqa: B018  (the pattern, too, must be one)
 
@@ -349,7 +349,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
     )
     trainee.train_from_iterator(texts, trainer)
     model = json.loads(trainee.to_str())["model"]
-    merges = [pair(merge) for merge in model["merges"]]
+    merges = [merge_pair(merge) for merge in model["merges"]]
     return BPETokenizer(byte_level(model["vocab"], merges, end=END_OF_TEXT, use_regex=True))
 
 
@@ -463,7 +463,7 @@ def named_tokens(tokenizer: Tokenizer) -> dict[str, str]:
     return {name: tokenizer.token_bytes(i).decode() for name, i in ids.items() if i is not None}
 
 
-def fingerprint(tokenizer: Tokenizer) -> str:
+def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
     """Equal for tokenizers that give equal ids; stored with data and runs."""
     text = json.dumps(tokenizer.spec, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -88,7 +88,7 @@ def without_prepend(spec: dict) -> dict:
     return spec | {"normalizer": {"type": "Sequence", "normalizers": kept} if kept else None}
 
 
-def pair(merge: str | list[str]) -> tuple[str, str]:
+def merge_pair(merge: str | list[str]) -> tuple[str, str]:
     """Merges stand as "a b" in older files, as ["a", "b"] in newer ones."""
     first, second = merge.split(" ") if isinstance(merge, str) else merge
     return first, second
@@ -115,5 +115,5 @@ def tiktoken_can(spec: dict) -> bool:
         if step.get("type") not in ("ByteLevel", "Split") or step.get("add_prefix_space"):
             return False
     vocab = spec["model"]["vocab"]
-    ids = [vocab["".join(pair(merge))] for merge in spec["model"]["merges"]]
+    ids = [vocab["".join(merge_pair(merge))] for merge in spec["model"]["merges"]]
     return spec.get("normalizer") in (None, {"type": "NFC"}) and ids == sorted(ids)
