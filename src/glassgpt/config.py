@@ -253,7 +253,8 @@ class ModelConfig:
     @property
     def qkv_rows(self) -> tuple[int, int, int]:
         """Rows of `attn.qkv` that make queries, keys and values; the matrix holds them in turn."""
-        return self.n_head * self.head_dim, *2 * (self.n_kv_head * self.head_dim,)
+        q, kv = self.n_head * self.head_dim, self.n_kv_head * self.head_dim
+        return q, kv, kv
 
     @property
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:

@@ -21,7 +21,6 @@ from gguf import GGUFReader
 from conftest import tiny_config
 from glassgpt.checkpoints.formats import logit_difference
 from glassgpt.checkpoints.gguf import Kind, read_gguf, write_gguf
-from glassgpt.checkpoints.run_directory import Checkpoint
 from glassgpt.config import ModelConfig, RopeScaling
 from glassgpt.errors import UserError
 from glassgpt.tokenizers.chat_template import Chat, choose_template

@@ -222,7 +222,9 @@ def test_a_tensor_beyond_four_gigabytes(tmp_path: Path) -> None:
     with open(tmp_path / "model.ckpt.data-00000-of-00001", "wb") as file:
         file.seek(offset)
         file.write(tensor.tobytes())
-    raw = index({"far": dict(shape=(4, 5), offset=offset, size=80, crc=masked_crc32c(tensor.tobytes()))})
+    raw = index(
+        {"far": dict(shape=(4, 5), offset=offset, size=80, crc=masked_crc32c(tensor.tobytes()))}
+    )
     (tmp_path / "model.ckpt.index").write_bytes(raw)
     np.testing.assert_array_equal(TensorBundle(tmp_path / "model.ckpt")["far"], tensor)
 

@@ -25,10 +25,10 @@ from glassgpt.tokenizers.tokenizer import (
     IncrementalDecoder,
     Tokenizer,
     byte_tokenizer,
-    tokenizer_fingerprint,
     from_spec,
     load_tokenizer,
     to_files,
+    tokenizer_fingerprint,
     train_bpe,
 )
 from glassgpt.tokenizers.tokenizer_json import byte_alphabet
@@ -290,7 +290,9 @@ def test_saved_and_loaded_is_the_same(make, tmp_path: Path) -> None:
     tokenizer = make()
     loaded = load_tokenizer(save(tokenizer, tmp_path))
     assert tokenizer_fingerprint(loaded) == tokenizer_fingerprint(tokenizer)
-    assert tokenizer_fingerprint(load_tokenizer(tmp_path / "tokenizer.json")) == tokenizer_fingerprint(tokenizer)
+    assert tokenizer_fingerprint(
+        load_tokenizer(tmp_path / "tokenizer.json")
+    ) == tokenizer_fingerprint(tokenizer)
     again = load_tokenizer(save(loaded, tmp_path / "again"))
     assert tokenizer_fingerprint(again) == tokenizer_fingerprint(tokenizer)
     assert loaded.encode(CORPUS) == tokenizer.encode(CORPUS)

@@ -124,8 +124,6 @@ def _fetch_openai(model: str, reporter: Reporter) -> Path:
 
 
 def _nanogpt(path: Path) -> Checkpoint:
-    from glassgpt.checkpoints.nanogpt import load_nanogpt
-
     if path.is_file():
         with open(path, "rb") as file:
             if file.read(4) == b"GGUF":
@@ -174,7 +172,7 @@ def fetch_published(name: str) -> Path:
         folder = Path(snapshot_download(name, allow_patterns=_HUB_FILES, local_files_only=True))
         if _is_complete(folder):
             return folder
-    except Exception:  # not there, or a part of it; every version of the library raises another error
+    except Exception:  # not there, or a part of it
         pass
     finally:
         enable_progress_bars()

@@ -253,7 +253,7 @@ class TensorBundle(Mapping[str, np.ndarray]):
 
 
 def masked_crc32c(data: bytes | np.ndarray) -> int:
-    """CRC-32C, rotated and shifted: the checksum of data that hold checksums would be degenerate."""
+    """CRC-32C as the files store it: rotated and shifted, so that data may hold checksums too."""
     crc = crc32c(data)
     return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
