@@ -42,7 +42,8 @@ from train_cpu import (
     write_data,
 )
 
-from glassgpt.data.batches import TokenFiles, load_data
+from glassgpt.data.batches import TokenFiles
+from glassgpt.data.dataset import load_data
 from glassgpt.system import seconds_of
 
 RESULTS = Path(__file__).parent / "results" / "budget.json"

@@ -28,7 +28,8 @@ import torch
 
 from glassgpt.checkpoints.nanogpt import load_nanogpt
 from glassgpt.checkpoints.run_directory import load_model
-from glassgpt.data.batches import TokenFiles, load_data
+from glassgpt.data.batches import TokenFiles
+from glassgpt.data.dataset import load_data
 from glassgpt.model import GPT, load_weights
 
 RESULTS = Path(__file__).parent / "results" / "train_cpu.json"

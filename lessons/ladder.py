@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from glassgpt.data import corpora, sources
-from glassgpt.data.batches import Dataset
+from glassgpt.data.dataset import Dataset
 from glassgpt.errors import UserError
 from glassgpt.system import cache_dir
 

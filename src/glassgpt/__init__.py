@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from glassgpt.api import LoadedModel as LoadedModel
-    from glassgpt.data.batches import Dataset
+    from glassgpt.data.dataset import Dataset
     from glassgpt.reporting.run_log import TrainResult
     from glassgpt.system import Reporter
     from glassgpt.training.run import Names

@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from glassgpt.config import DataConfig
-from glassgpt.data.batches import IGNORE, Replay, TokenFiles, is_prepared, load_data
+from glassgpt.data.batches import IGNORE, Replay, TokenFiles
+from glassgpt.data.dataset import is_prepared, load_data
 from glassgpt.data.prepare import prepare
 from glassgpt.errors import UserError
 from glassgpt.tokenizers.tokenizer import byte_tokenizer, to_files

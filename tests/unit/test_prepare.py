@@ -19,12 +19,11 @@ import numpy as np
 import pytest
 
 from glassgpt.config import DataConfig
+from glassgpt.data import dataset as folder
 from glassgpt.data import prepare as module
-from glassgpt.data import prepared as folder
-from glassgpt.data.batches import is_prepared, load_data
+from glassgpt.data.dataset import is_prepared, load_data
 from glassgpt.data.overlap import WINDOW, OverlapSample
 from glassgpt.data.prepare import prepare
-from glassgpt.data.report import describe
 from glassgpt.data.sources import resolve
 from glassgpt.errors import UserError, explain_os_errors
 from glassgpt.system import Reporter
@@ -85,7 +84,7 @@ def test_a_validation_file_of_its_own(tmp_path):
     assert len(data.train) == len(STORY * 3)
     assert len(data.val) == 20
     assert report.unknown_tokens == sum(char not in STORY for char in "Only bees know why.\n") > 0
-    assert "not in the vocabulary" in describe(report, "out")
+    assert "not in the vocabulary" in report.describe("out")
 
 
 @pytest.mark.parametrize("tokenizer", ["char", "byte", "bpe:300"])
@@ -139,7 +138,7 @@ def test_report_counts_copies_blanks_and_leaks(tmp_path):
     assert report.duplicates == 5
     assert report.too_short == 2
     assert report.overlap > 0.5  # the same story in every document
-    assert "will look better than it is" in describe(report, "out")
+    assert "will look better than it is" in report.describe("out")
 
 
 def test_overlap_is_the_share_of_common_windows():

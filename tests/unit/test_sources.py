@@ -31,8 +31,8 @@ from glassgpt.config import DataConfig
 from glassgpt.data import texts
 from glassgpt.data.archives import BLOCK
 from glassgpt.data.prepare import prepare
-from glassgpt.data.sources import Source, fingerprint, read_pieces, resolve, total_bytes
-from glassgpt.data.texts import SEPARATOR, Piece, cut_document, cut_point, split_documents
+from glassgpt.data.sources import Source, read_pieces, resolve, stamp_of, total_bytes
+from glassgpt.data.texts import SEPARATOR, TextPiece, cut_document, cut_point, split_documents
 from glassgpt.errors import UserError
 
 DOCUMENTS = [
@@ -476,16 +476,16 @@ def test_an_existing_file_wins_over_a_corpus(tmp_path, monkeypatch):
     assert read("python-manual") == ["mine"]
 
 
-def test_fingerprint(tmp_path):
+def test_stamp_of(tmp_path):
     source = Source("a", write(tmp_path / "a.txt", b"abc"))
     known = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
-    assert fingerprint(source) == {"name": "a", "bytes": 3, "sha256": known}
+    assert stamp_of(source) == {"name": "a", "bytes": 3, "sha256": known}
 
 
 def test_a_file_that_went_away_is_a_user_error(tmp_path):
     sources = resolve([str(write(tmp_path / "a.txt", b"abc"))])
     (tmp_path / "a.txt").unlink()
-    for use in (lambda: list(read_pieces(sources)), lambda: fingerprint(sources[0])):
+    for use in (lambda: list(read_pieces(sources)), lambda: stamp_of(sources[0])):
         with pytest.raises(UserError, match=r"a\.txt"):
             use()
 
@@ -665,7 +665,7 @@ def test_long_documents_come_in_pieces_with_one_start(tmp_path):
     pieces = list(read_pieces(resolve([str(path)]), piece_chars=1000))
     assert [piece.starts_document for piece in pieces] == [True, *[False] * (len(pieces) - 2), True]
     assert "".join(piece.text for piece in pieces[:-1]) == text
-    assert pieces[-1] == Piece("short", True)
+    assert pieces[-1] == TextPiece("short", True)
     assert max(len(piece.text) for piece in pieces) <= 1000
 
 
@@ -722,7 +722,7 @@ def test_bad_json_is_shown_with_its_line(line, words, tmp_path):
 
 def test_bad_csv_is_shown_with_its_line(tmp_path):
     path = write(tmp_path / "a.csv", 'id,text\n1,"two\nlines"\n\n2\n')
-    assert f"{path}, line 5: 1 fields, so no 'text'" in error_of(path)
+    assert f"{path}, line 5: 1 cell, 2 in the header" in error_of(path)
     path = write(tmp_path / "b.csv", "id,text\n1,old\rline ends\r")
     assert f"{path}, line 2" in error_of(path)
     assert "none" in error_of(write(tmp_path / "c.csv", "\n"))
@@ -736,7 +736,7 @@ def test_long_csv_cells(tmp_path):
 def test_parquet_columns_that_hold_no_text(tmp_path):
     path = write(tmp_path / "a.parquet", as_parquet(["a", None, "c"]))  # type: ignore[list-item]
     assert "row 2" in error_of(path)
-    assert "int64" in error_of(path, text_field="id")
+    assert "row 1: field 'id' holds no text: 0" in error_of(path, text_field="id")
 
 
 def test_empty_records_are_dropped(tmp_path):

@@ -21,7 +21,7 @@ import pytest
 
 from glassgpt import system
 from glassgpt.data.corpora import CORPORA, Corpus, RemoteFile, fetch_corpus
-from glassgpt.data.sources import fingerprint, read_pieces, resolve, total_bytes
+from glassgpt.data.sources import read_pieces, resolve, stamp_of, total_bytes
 from glassgpt.errors import UserError
 from glassgpt.system import Reporter, cache_dir, download
 from listener import Listener
@@ -458,7 +458,7 @@ def test_a_streamed_corpus_is_read_as_far_as_needed(hub):
     sources = resolve(["wide"])
     assert hub.requests == []
     assert total_bytes(sources) == len(data)
-    assert fingerprint(sources[0])["sha256"] == remote.sha256
+    assert stamp_of(sources[0])["sha256"] == remote.sha256
 
     pieces = read_pieces(sources)
     assert [next(pieces).text for _ in range(50)] == rows[:50]

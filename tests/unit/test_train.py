@@ -20,7 +20,7 @@ import torch
 from glassgpt import runtime
 from glassgpt.checkpoints import run_directory as checkpoint
 from glassgpt.config import ModelConfig, TrainConfig
-from glassgpt.data.batches import load_data
+from glassgpt.data.dataset import load_data
 from glassgpt.data.prepare import prepare
 from glassgpt.errors import UserError
 from glassgpt.inference.kernels.compiled import load_kernels

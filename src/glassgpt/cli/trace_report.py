@@ -19,7 +19,7 @@ from glassgpt.checkpoints.run_directory import require_language_model
 from glassgpt.cli.arguments import Changes
 from glassgpt.cli.figures import MAX_TOKENS, label_of
 from glassgpt.config import ModelConfig
-from glassgpt.data.glance import look_at
+from glassgpt.data.prepare import estimate_size
 from glassgpt.errors import UserError
 from glassgpt.inference.generate import first_tokens
 from glassgpt.interpret import figures
@@ -56,7 +56,7 @@ def describe_preset(
     _check_layer(layer, every)
     given = resolve_options(options, preset=preset)
     shape, data = split_options(given)[:2]
-    text = look_at([], data)
+    text = estimate_size([], data)
     config = ModelConfig.from_shape(shape.pop("shape"), vocab_size=text.vocab_size, **shape)
     if not 1 <= n_tokens <= config.context_length:
         raise UserError(f"tokens={n_tokens}; the context holds 1 to {config.context_length}")

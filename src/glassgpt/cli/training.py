@@ -72,7 +72,6 @@ def prepare_verb(
         Replace OUT if it exists.
     """
     from glassgpt.data.prepare import prepare as run
-    from glassgpt.data.report import describe
     from glassgpt.reporting.terminal import Terminal
 
     terminal = Terminal()
@@ -81,7 +80,7 @@ def prepare_verb(
                      reporter=terminal)  # fmt: skip
     finally:
         terminal.close()
-    print(describe(report, out))
+    print(report.describe(out))
 
 
 def train_verb(

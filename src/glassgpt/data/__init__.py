@@ -1,1 +1,1 @@
-"""From any text to batches of tokens: sources -> prepare -> batches."""
+"""Any text or examples -> batches of tokens: sources, texts, prepare, dataset, batches."""

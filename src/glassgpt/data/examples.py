@@ -37,9 +37,8 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 from glassgpt.config import ExampleFormat
 from glassgpt.data.archives import NotTextError
-from glassgpt.data.records import RECORDS, Record, lines, no_field, refuse_half, shown
 from glassgpt.data.sources import kind_by_name, read_files, resolve, suffix_of
-from glassgpt.data.texts import SEPARATOR, decode
+from glassgpt.data.texts import RECORDS, SEPARATOR, Record, decode, lines, no_field, shown
 from glassgpt.errors import UserError, first_of, nearest
 from glassgpt.system import SILENT, Reporter
 
@@ -322,12 +321,7 @@ def _value(record: Record, slot: _Slot) -> tuple[str, Any]:
 
 
 def _text(record: Record, slot: _Slot) -> str:
-    name, value = _value(record, slot)
-    if not isinstance(value, str):
-        raise UserError(f"{record.where}: field {name!r} holds no text: {_excerpt(value)}")
-    if record.escaped:
-        refuse_half(value, record.where)
-    return value
+    return record.text(_value(record, slot)[0])
 
 
 def _text_or_none(record: Record, name: str) -> str | None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import sys
 from array import array
 from collections import deque
@@ -25,11 +26,10 @@ import numpy as np
 
 from glassgpt.config import DataConfig
 from glassgpt.data import sources
-from glassgpt.data.batches import load_data
-from glassgpt.data.overlap import OverlapSample
-from glassgpt.data.prepared import TokenWriter, new_folder, read_meta
+from glassgpt.data.dataset import TokenWriter, is_prepared, load_data, read_data_meta, replace_data
+from glassgpt.data.texts import TextPiece
 from glassgpt.errors import UserError, explain_os_errors, first_of
-from glassgpt.system import SILENT, Reporter, usable_cores, write_file
+from glassgpt.system import SILENT, Reporter, cache_dir, usable_cores, write_file
 from glassgpt.tokenizers.tokenizer import Tokenizer, to_files, tokenizer_fingerprint
 from glassgpt.tokenizers.vocabulary import build_tokenizer, tokenizer_path
 
@@ -39,10 +39,13 @@ _JOB_CHARS = 1 << 19  # what a worker takes at a time
 _MANY = 1000  # documents after which counting stops and the split needs no total
 _CHARS_PER_TOKEN = 16  # more than any text has on average: max_tokens needs to see no more
 _MAX_WORKERS = 1024
+_CHEAP_TO_READ = 1 << 26  # bytes of text that an estimate may read
+_ASCII = "".join(map(chr, range(32, 127)))  # stands for a text that is not read
+_GPT2_TOKENS = 50257  # known without the files
 
 
 @dataclass
-class Report:
+class PrepareReport:
     """What `prepare` found; the same facts stand in meta.json."""
 
     documents: int = 0
@@ -58,6 +61,38 @@ class Report:
     overlap: float = 0.0
     skipped: list[str] = field(default_factory=list)
     unchanged: bool = False  # it was there already
+
+    def describe(self, out: str | Path) -> str:
+        """What `glassgpt prepare` ends with: facts, then what should make the reader look twice."""
+        tokens = self.train_tokens + self.val_tokens
+        state = "already prepared from the same input; nothing to do" if self.unchanged else "ready"
+        facts = {
+            "documents": f"{self.documents:,} ({self.val_documents:,} for validation)",
+            "characters": f"{self.characters:,}",
+            "tokens": f"{tokens:,} ({self.train_tokens:,} training, "
+            f"{self.val_tokens:,} validation)",
+            "per token": f"{self.characters / max(1, tokens):.2f} characters",
+            "vocabulary": f"{self.vocab_used:,} of {self.vocab_size:,} tokens occur",
+            "duplicates": f"{self.duplicates:,} documents are exact copies of earlier ones",
+            "overlap": f"{self.overlap:.1%} of the validation text (windows of 50 tokens) "
+            "also stands in the training text",
+            "too short": f"{self.too_short:,} blank documents left out",
+        }
+        if self.unknown_tokens:
+            facts["unknown"] = f"{self.unknown_tokens:,} characters are not in the vocabulary"
+        if self.skipped:
+            facts["skipped"] = f"{len(self.skipped):,} files, such as {self.skipped[0]}"
+        lines = [f"{out}: {state}", *(f"  {name:12} {fact}" for name, fact in facts.items())]
+        if self.val_tokens < 1000:
+            lines.append(
+                "  note: so little validation text gives a noisy loss; see --val-fraction and --val"
+            )
+        if self.overlap > 0.1:
+            lines.append(
+                "  note: the validation loss will look better than it is; remove copies "
+                "from the text, or give --val FILE"
+            )
+        return "\n".join(lines)
 
 
 @dataclass
@@ -86,7 +121,7 @@ def prepare(
     workers: int | None = None,
     overwrite: bool = False,
     reporter: Reporter = SILENT,
-) -> Report:
+) -> PrepareReport:
     """Tokenize `names` (files, folders, globs, corpora) into the folder `out`.
 
     The same input again returns the stored report and touches nothing. Raises `UserError` for
@@ -97,13 +132,13 @@ def prepare(
         raise UserError(f"workers={workers} must lie between 1 and {_MAX_WORKERS}")
     inputs = sources.resolve(names, reporter=reporter)
     val_inputs = sources.resolve([config.val], reporter=reporter) if config.val is not None else []
-    stamps = [sources.fingerprint(source) for source in (*inputs, *val_inputs)]
+    stamps = [sources.stamp_of(source) for source in (*inputs, *val_inputs)]
     key = data_key(stamps, config)
     out = Path(out)
     if (stored := _stored_report(out, key)) is not None:
         return stored
     files = [source.file for source in (*inputs, *val_inputs) if isinstance(source.file, Path)]
-    with new_folder(out, inputs=files, overwrite=overwrite) as folder:
+    with replace_data(out, inputs=files, overwrite=overwrite) as folder:
         run = _Preparation(inputs, val_inputs, folder, config, workers, reporter)
         stated = {"fingerprint": key, "sources": stamps, "options": dataclasses.asdict(config)}
         meta = run.go() | stated
@@ -123,14 +158,14 @@ def data_key(stamps: list[dict[str, Any]], config: DataConfig) -> str:
     return hashlib.sha256(described.encode()).hexdigest()[:16]
 
 
-def _stored_report(out: Path, key: str) -> Report | None:
+def _stored_report(out: Path, key: str) -> PrepareReport | None:
     """Of a folder that holds what `key` stands for, and holds it undamaged."""
-    meta = read_meta(out)
+    meta = read_data_meta(out)
     if meta is None or meta.get("fingerprint") != key:
         return None
     try:
         load_data(out)
-        return Report(**meta["report"] | {"unchanged": True})
+        return PrepareReport(**meta["report"] | {"unchanged": True})
     except (UserError, KeyError, TypeError):
         return None
 
@@ -161,12 +196,14 @@ class _Preparation:
         self.inputs, self.val_inputs, self.folder, self.config = inputs, val_inputs, folder, config
         self.workers = workers or usable_cores()
         self.reporter = reporter
-        self.report = Report()
+        self.report = PrepareReport()
         self.skipped: dict[str, None] = {}  # in order, once each, however often it is read
         self.hashes = array("q")  # of the documents that were kept
         self.document = -1  # the last of them
 
     def go(self) -> dict[str, Any]:
+        from glassgpt.data.overlap import OverlapSample  # needed only here
+
         split = _Split() if self.val_inputs else self._survey()
         self.tokenizer: Tokenizer = build_tokenizer(self.config.tokenizer, self._vocabulary_texts)
         dtype = "<u2" if self.tokenizer.vocab_size <= 1 << 16 else "<u4"
@@ -204,7 +241,7 @@ class _Preparation:
 
     # -- reading ---------------------------------------------------------------------------------
 
-    def _pieces(self, what: str, inputs: list[sources.Source]) -> Iterator[sources.Piece]:
+    def _pieces(self, what: str, inputs: list[sources.Source]) -> Iterator[TextPiece]:
         """The text of `inputs`; of what `max_tokens` limits, only the beginning that may matter."""
         total, done = sources.total_bytes(inputs), 0
         room = sys.maxsize
@@ -224,7 +261,7 @@ class _Preparation:
             on_bytes=on_bytes,
         )
         for text, starts_document in _empty_blanks(pieces):
-            yield sources.Piece(text[:room], starts_document)
+            yield TextPiece(text[:room], starts_document)
             room -= len(text)
             if room <= 0:
                 return
@@ -346,12 +383,12 @@ class _Preparation:
         report.overlap = self.overlap.share()
 
 
-def _empty_blanks(pieces: Iterable[sources.Piece]) -> Iterator[sources.Piece]:
+def _empty_blanks(pieces: Iterable[TextPiece]) -> Iterator[TextPiece]:
     """The same, but a document of blanks alone, which teaches nothing, is one empty piece."""
-    blank: list[sources.Piece] = []  # of a document that has shown nothing else so far
+    blank: list[TextPiece] = []  # of a document that has shown nothing else so far
     for piece in pieces:
         if blank and piece.starts_document:
-            yield sources.Piece("", True)
+            yield TextPiece("", True)
             blank = []
         if (blank or piece.starts_document) and piece.text.isspace():
             blank.append(piece)
@@ -360,7 +397,7 @@ def _empty_blanks(pieces: Iterable[sources.Piece]) -> Iterator[sources.Piece]:
         blank = []
         yield piece
     if blank:
-        yield sources.Piece("", True)
+        yield TextPiece("", True)
 
 
 def _jobs(parts: Iterable[_Part]) -> Iterator[list[_Part]]:
@@ -374,3 +411,58 @@ def _jobs(parts: Iterable[_Part]) -> Iterator[list[_Part]]:
             job, chars = [], 0
     if job:
         yield job
+
+
+# ---- before anything is prepared --------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class DataSize:
+    """Vocabulary and length of data, as far as they are known before preparing them."""
+
+    vocab_size: int
+    train_tokens: int | None
+    note: str = ""  # what is not known, and why
+
+
+def estimate_size(names: Sequence[str], config: DataConfig) -> DataSize:
+    """The size of prepared data, or of texts as `config` would prepare them.
+
+    Counting characters takes a moment; what would take long, such as learning word pieces, is left
+    unknown. Nothing is downloaded, nothing written. Raises `UserError` for data that are damaged,
+    texts that can't be read, and unknown tokenizers.
+    """
+    if len(names) == 1 and is_prepared(names[0]):
+        dataset = load_data(names[0])
+        return DataSize(dataset.tokenizer.vocab_size, len(dataset.train))
+    if not names:
+        return _unread(config, "no text is named")
+    if not all(os.path.exists(os.path.expanduser(name)) for name in names):
+        return _unread(config, f"{names[0]} is not on this disk")
+    inputs = sources.resolve(names)
+    if sources.total_bytes(inputs) > _CHEAP_TO_READ:
+        return _unread(config, "so much text is not counted before it is prepared")
+    every = inputs + (sources.resolve([config.val]) if config.val is not None else [])
+    key = data_key([sources.stamp_of(source) for source in every], config)
+    if is_prepared(cache_dir() / "data" / key):
+        return estimate_size([str(cache_dir() / "data" / key)], config)
+    if config.tokenizer not in ("char", "byte"):
+        return _unread(config, "the text is not prepared yet")
+    pieces = sources.read_pieces(inputs, text_field=config.text_field)
+    content = "".join(piece.text for piece in pieces)
+    size = build_tokenizer(config.tokenizer, lambda: iter([content])).vocab_size
+    length = len(content) if config.tokenizer == "char" else len(content.encode("utf-8"))
+    share = 1.0 if config.val is not None else 1 - config.val_fraction
+    return DataSize(size, min(round(length * share), config.max_tokens or length))
+
+
+def _unread(config: DataConfig, why: str) -> DataSize:
+    name = config.tokenizer
+    if name == "gpt2":
+        size = _GPT2_TOKENS
+    elif name.startswith("bpe:") and name[4:].isdecimal():
+        size = int(name[4:][:9])
+    else:
+        size = build_tokenizer(name, lambda: iter([_ASCII])).vocab_size
+        why += f"; vocabulary of {size} assumed" if name == "char" else ""
+    return DataSize(size, None, f"epochs unknown: {why}")

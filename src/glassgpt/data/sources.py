@@ -6,8 +6,7 @@
 Archives are known by their first bytes, not by their names, and opened however deep they nest; what
 a file holds is known by its name (.jsonl .csv .tsv .parquet), otherwise it is text. All of it is
 streamed: memory holds a few blocks, whatever the size of the input. Archives are taken apart
-in `archives.py`, bytes become text in `texts.py` and records in `records.py`; no room of the four
-knows of tokens.
+in `archives.py`, bytes become text and records in `texts.py`; none of the three knows of tokens.
 """
 
 from __future__ import annotations
@@ -32,9 +31,15 @@ from glassgpt.data.archives import (
     kind_of,
 )
 from glassgpt.data.corpora import CORPORA, RemoteFile, fetch_corpus, open_remote, unreachable
-from glassgpt.data.prepared import has_tokens, is_prepared
-from glassgpt.data.records import TABLES
-from glassgpt.data.texts import Piece, cut_document, decode, split_documents
+from glassgpt.data.dataset import has_tokens, is_prepared
+from glassgpt.data.texts import (
+    RECORDS,
+    TextPiece,
+    cut_document,
+    decode,
+    read_texts,
+    split_documents,
+)
 from glassgpt.errors import UserError, explain_os_errors, nearest
 from glassgpt.system import SILENT, Reporter, sha256_of
 
@@ -162,7 +167,7 @@ def _size(source: Source) -> int:
         return source.file.stat().st_size
 
 
-def fingerprint(source: Source) -> dict[str, Any]:
+def stamp_of(source: Source) -> dict[str, Any]:
     """{"name", "bytes", "sha256"} of a source; of a streamed one, the SHA-256 it is pinned to."""
     if isinstance(source.file, RemoteFile):
         sha256 = source.file.sha256
@@ -182,7 +187,7 @@ def read_pieces(
     piece_chars: int = 1 << 20,
     on_skip: Callable[[str, str], None] | None = None,
     on_bytes: Callable[[int], None] | None = None,
-) -> Iterator[Piece]:
+) -> Iterator[TextPiece]:
     """All documents of all sources, in order, in pieces of at most about `piece_chars` characters.
 
     A text file is one document, or several with `<|endoftext|>` between them; in JSON lines, CSV,
@@ -193,9 +198,9 @@ def read_pieces(
     field, archives damaged or cut short, and sources without any text.
     """
 
-    def read(stream: io.BufferedReader, name: str, kind: str) -> Iterator[Piece]:
-        if kind in TABLES:
-            for text in TABLES[kind](stream, name, text_field):
+    def read(stream: io.BufferedReader, name: str, kind: str) -> Iterator[TextPiece]:
+        if kind in RECORDS:
+            for text in read_texts(stream, name, kind, text_field):
                 yield from cut_document(text, piece_chars)
         else:
             yield from split_documents(decode(stream, name), piece_chars)

@@ -21,7 +21,8 @@ import numpy as np
 from glassgpt.checkpoints.load import tokenizer_file
 from glassgpt.checkpoints.run_directory import Checkpoint
 from glassgpt.config import DataConfig, ExampleFormat, FinetuneConfig
-from glassgpt.data.batches import IGNORE, Dataset, Replay, TokenFiles, is_prepared
+from glassgpt.data.batches import IGNORE, Replay, TokenFiles
+from glassgpt.data.dataset import Dataset, is_prepared
 from glassgpt.data.examples import (
     Conversation,
     Example_,

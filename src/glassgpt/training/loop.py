@@ -23,7 +23,8 @@ import torch
 from glassgpt import runtime
 from glassgpt.checkpoints import run_directory as ckpt
 from glassgpt.config import TrainConfig
-from glassgpt.data.batches import IGNORE, Dataset, Split
+from glassgpt.data.batches import IGNORE, Split
+from glassgpt.data.dataset import Dataset
 from glassgpt.errors import UserError
 from glassgpt.model import GPT
 from glassgpt.reporting.run_log import Expectation, TrainResult

@@ -32,7 +32,7 @@ from glassgpt.checkpoints.run_directory import (
 )
 from glassgpt.config import DataConfig, ModelConfig, TrainConfig
 from glassgpt.data import sources
-from glassgpt.data.batches import Dataset, is_prepared, load_data
+from glassgpt.data.dataset import Dataset, is_prepared, load_data
 from glassgpt.data.prepare import data_key, prepare
 from glassgpt.errors import UserError, explain_os_errors
 from glassgpt.model import GPT, crop_positions, load_weights
@@ -438,7 +438,7 @@ def _find_or_prepare(names: Sequence[str], config: DataConfig, reporter: Reporte
     """The folder in the cache with these texts as tokens."""
     inputs = sources.resolve(names, reporter=reporter)
     inputs += sources.resolve([config.val]) if config.val is not None else []
-    key = data_key([sources.fingerprint(source) for source in inputs], config)
+    key = data_key([sources.stamp_of(source) for source in inputs], config)
     folder = cache_dir() / "data" / key
     if is_prepared(folder):
         return folder

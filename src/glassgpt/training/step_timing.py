@@ -27,7 +27,7 @@ from glassgpt import runtime
 from glassgpt.checkpoints.load import load_pretrained
 from glassgpt.config import ModelConfig, TrainConfig
 from glassgpt.data.batches import TokenFiles
-from glassgpt.data.glance import look_at
+from glassgpt.data.prepare import estimate_size
 from glassgpt.errors import UserError
 from glassgpt.options import resolve_options, split_options
 from glassgpt.reporting.terminal import aligned
@@ -68,7 +68,7 @@ def bench_train(
     machine = runtime.start(train)
     if run is None:
         model = ModelConfig.from_shape(
-            shape.pop("shape"), vocab_size=look_at((), data).vocab_size, **shape
+            shape.pop("shape"), vocab_size=estimate_size((), data).vocab_size, **shape
         )
     else:
         model = load_pretrained(run).config

@@ -25,8 +25,9 @@ import torch
 
 from glassgpt import runtime
 from glassgpt.config import ModelConfig, TrainConfig
-from glassgpt.data.batches import Dataset, TokenFiles
-from glassgpt.data.glance import Text, look_at
+from glassgpt.data.batches import TokenFiles
+from glassgpt.data.dataset import Dataset
+from glassgpt.data.prepare import DataSize, estimate_size
 from glassgpt.errors import UserError
 from glassgpt.options import names_of, resolve_options, split_options
 from glassgpt.reporting.run_log import Expectation
@@ -65,7 +66,7 @@ class Plan:
 
     model: ModelConfig
     train: TrainConfig
-    text: Text
+    text: DataSize
     world: int  # processes, one for each GPU
     where: str  # "8 x A100", "cpu"
     card: Card | None  # None: this machine
@@ -111,7 +112,7 @@ def make_plan(
     _check(gpu, gpus, mfu, price)
     given = resolve_options(options, preset=preset, config=config)
     shape, data_config, train = split_options(given)
-    text = look_at(data or given.get("data") or (), data_config)
+    text = estimate_size(data or given.get("data") or (), data_config)
     model = ModelConfig.from_shape(shape.pop("shape"), vocab_size=text.vocab_size, **shape)
     if gpu is None:
         return _plan_here(model, train, text, price, reporter)
@@ -152,7 +153,7 @@ def _check(gpu: str | None, gpus: int | None, mfu: float | None, price: float | 
 
 
 def _plan_here(
-    model: ModelConfig, train: TrainConfig, text: Text, price: float | None, reporter: Reporter
+    model: ModelConfig, train: TrainConfig, text: DataSize, price: float | None, reporter: Reporter
 ) -> Plan:
     machine = runtime.start(train)
     need, room = memory(model, train, StepPlan.decide(model, train, machine)), room_here(machine)
