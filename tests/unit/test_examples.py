@@ -23,7 +23,6 @@ from glassgpt.data.examples import (
     Labelled,
     Turn,
     duplicates,
-    fingerprint,
     overlap,
     read_examples,
     split_examples,
@@ -582,15 +581,3 @@ def test_copies_are_counted():
     assert duplicates(items) == 2
     assert overlap(said("a", "b"), said("b", "b", "c")) == 2
     assert duplicates(labelled(("a", "x"), ("a", "y"), ("a", "x"))) == 1
-
-
-def test_a_fingerprint_is_of_the_words():
-    first = fingerprint(said("a", "b"))
-    assert len(first) == 16
-    assert int(first, 16) >= 0
-    moved = [Conversation(item.turns, "elsewhere") for item in said("a", "b")]
-    assert fingerprint(moved) == first
-    changes = [said("a", "b", "c"), said("b", "a"), said("a", "B"), said("a")]
-    role = [Conversation((Turn(SYSTEM, "a"), Turn(ASSISTANT, "a")), ""), *said("b")]
-    assert first not in {fingerprint(changed) for changed in [*changes, role]}
-    assert fingerprint(labelled(("a", "b"))) != fingerprint(labelled(("b", "a")))

@@ -725,7 +725,7 @@ def test_bad_csv_is_shown_with_its_line(tmp_path):
     assert f"{path}, line 5: 1 cell, 2 in the header" in error_of(path)
     path = write(tmp_path / "b.csv", "id,text\n1,old\rline ends\r")
     assert f"{path}, line 2" in error_of(path)
-    assert "none" in error_of(write(tmp_path / "c.csv", "\n"))
+    assert "no text in it" in error_of(write(tmp_path / "c.csv", "\n"))
 
 
 def test_long_csv_cells(tmp_path):

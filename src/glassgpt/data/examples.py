@@ -11,15 +11,16 @@
 | prompt   | "prompt" or "question", and "completion", "answer" or "response"; or as named   |
 | labels   | "text" or "sentence", and "label"; or as named                                  |
 
-dialogue is plain text whose lines begin with `User:`, `Assistant:` or `System:`; a turn goes on
-over the lines that follow. `<|endoftext|>`, a line `---` and a line `System:` begin a new
-conversation. text is anything else.
+The format dialogue is plain text whose turns begin with `User:`, `Assistant:` or `System:` at the
+start of a line. `<|endoftext|>`, a line `---` and a line `System:` begin a new conversation. The
+format text is anything else.
 
-Which it is, the first file says (records before plain text): of the formats in the order above, the
-first whose fields its first records have. A prompt, completion or label field that the caller names
-means that format; a named text field, labels or text. Plain text is a dialogue if a role is its
-first word; other plain text, a LICENSE say, waits for what the next files are. All files must be
-of one format. This room knows no tokenizer, template or model.
+The first file decides the format (files of records come before plain text): it is the first of the
+table whose fields the first records have. If the caller names a prompt, completion or label field,
+it is the format with that field; a named text field means labels or text. Plain text is a dialogue
+if its first word is a role; any other plain text, such as a LICENSE, decides nothing as long as
+other files follow. All files must be of one format. This module knows no tokenizer, template or
+model.
 """
 
 from __future__ import annotations
@@ -29,26 +30,24 @@ import io
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain, islice
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Literal, NamedTuple, TypeVar, get_args
 
 from glassgpt.config import ExampleFormat
 from glassgpt.data.archives import NotTextError
-from glassgpt.data.sources import kind_by_name, read_files, resolve, suffix_of
+from glassgpt.data.sources import Reader, Source, kind_by_name, read_files, resolve, suffix_of
 from glassgpt.data.texts import RECORDS, SEPARATOR, Record, decode, lines, no_field, shown
 from glassgpt.errors import UserError, first_of, nearest
 from glassgpt.system import SILENT, Reporter
 
 Role = Literal["system", "user", "assistant"]
-_ROLES: dict[str, Role] = {
-    "system": "system", "user": "user", "assistant": "assistant",
-    "human": "user", "gpt": "assistant",
-}  # fmt: skip
-_LOOKED_AT = 10  # records that say what a file holds
-_ENOUGH_TEXTS = 16  # files of plain text, after which no examples are expected any more
+_ROLES: dict[str, Role] = {role: role for role in get_args(Role)}
+_ROLES |= {"human": "user", "gpt": "assistant"}  # as ShareGPT calls them
+_LOOKED_AT = 10  # records of a file that decide what its format is
+_ENOUGH_TEXTS = 16  # files of plain text after which no examples are expected
 
 
 class Turn(NamedTuple):
@@ -84,7 +83,7 @@ class Labelled:
         return _sha256([self.text, self.label])
 
 
-def _sha256(content: Any) -> bytes:
+def _sha256(content: object) -> bytes:
     return hashlib.sha256(json.dumps(content).encode()).digest()
 
 
@@ -119,39 +118,41 @@ def read_examples(
 ) -> Examples:
     """The examples in `names`: files, folders, globs, packed or not, as `resolve` takes them.
 
-    Where the format is text, reading stops there, without any items: how such data are read is
-    another matter. Conversations without an answer or without a prompt, and empty labelled texts,
-    are left out and counted. In folders and archives, files of other formats are skipped.
+    Where the format is text, the result has no items: `prepare` reads such data. Conversations
+    without an answer or without a prompt, and empty labelled texts, are left out and counted. In
+    folders and archives, files of other formats are skipped.
 
     Raises `UserError` for data of another format than `format` or than the first file, records that
     are malformed or lack a field, unknown roles, missing labels, and if nothing is left to learn.
     """
     fields = _Fields(text_field, prompt_field, completion_field, label_field)
-    reading = _Reading(fields.meant(format), fields)
+    wanted = fields.meant(format)
     files = resolve(names, reporter=reporter)
     if format == "text":
         return Examples("text")
     files.sort(key=lambda file: _kind(file.name, kind_by_name(file.name)) not in RECORDS)
-    conversations, labelled, left_out, skipped = [], [], Counter(), []
-    for example in read_files(
-        files, reading.examples, on_skip=lambda name, why: skipped.append(f"{name}: {why}")
-    ):
-        if example is None:
-            if reading.format == "text" or len(reading.texts) == _ENOUGH_TEXTS:
-                break
-        elif why := _why_left_out(example):
+    decision, skipped = _Decision(wanted), []
+
+    def on_skip(name: str, why: str) -> None:
+        skipped.append(f"{name}: {why}")
+
+    if wanted == "auto":
+        decision = detect_format(files, fields, on_skip)
+        if decision.format == "text":
+            return Examples("text", skipped=skipped)
+        skipped = [f"{file.name}: plain text" for file in files if file.name in decision.texts]
+        files = [file for file in files if file.name not in decision.texts]
+    conversations, labelled, left_out = [], [], Counter()
+    for example in read_files(files, _reader(decision, fields), on_skip=on_skip):
+        if why := _why_left_out(example):
             left_out[why] += 1
         else:
             (labelled if isinstance(example, Labelled) else conversations).append(example)
-    if reading.format == "text" or (reading.texts and reading.format is None):
-        return Examples("text", skipped=skipped)
-    skipped = [f"{name}: plain text" for name in reading.texts] + skipped
     if not conversations and not labelled:
         reasons = [f"{why}: {count:,}" for why, count in left_out.items()] or skipped[:1]
         why = f" ({'; '.join(reasons)})" if reasons else ""
         raise UserError(f"{first_of(list(names))}: there is nothing to learn from in it{why}")
-    assert reading.format is not None
-    return Examples(reading.format, conversations, labelled, dict(left_out), skipped)
+    return Examples(decision.format, conversations, labelled, dict(left_out), skipped)
 
 
 def _why_left_out(example: Example) -> str | None:
@@ -168,7 +169,7 @@ def _why_left_out(example: Example) -> str | None:
 
 
 def _kind(name: str, kind: str) -> str:
-    """As in sources.py, where .json is text: only here are its records of interest."""
+    """As `sources.kind_by_name` says, but a .json file holds records here, not text."""
     return "json" if kind == "text" and suffix_of(name) == ".json" else kind
 
 
@@ -190,8 +191,10 @@ class _Fields(NamedTuple):
         meant: set[ExampleFormat] = {"labels"} if self.label else set()
         meant |= {"prompt"} if self.prompt or self.completion else set()
         if len(meant) > 1 or (meant and format not in ("auto", *meant)):
-            raise UserError("--label-field is for format=labels, --prompt-field and "
-                            "--completion-field are for format=prompt")  # fmt: skip
+            raise UserError(
+                "--label-field is for format=labels, --prompt-field and --completion-field are for "
+                "format=prompt"
+            )
         return meant.pop() if meant else format
 
     def slots(self) -> dict[ExampleFormat, tuple[_Slot, ...]]:
@@ -211,45 +214,36 @@ class _Fields(NamedTuple):
             "labels": (either(self.text, "text", "sentence"), either(self.label, "label")),
         }
 
+    def missing(self, format: ExampleFormat, names: Collection[str]) -> str | None:
+        """The first field that records of that format need and these have not."""
+        slots = self.slots().get(format, ())
+        return next((slot[0] for slot in slots if not set(slot) & set(names)), None)
 
-class _Reading:
-    """Reads one file after the other; the first one decides the format, if the caller did not."""
+    def look(self, names: Sequence[str], first: list[Record]) -> ExampleFormat | None:
+        """The format of records that begin with `first` and have fields of these names."""
+        for format in ("labels",) if self.text else self.slots():
+            if self.missing(format, names) is None:
+                return format
+        if (self.text or "text") in names:
+            return "text"
+        if self.text or "label" in names:
+            return None
+        values = ((key, value) for record in first for key, value in record.fields.items())
+        texts = {key for key, value in values if isinstance(value, str)}
+        return "text" if len(texts) == 1 else None
 
-    def __init__(self, format: ExampleFormat, fields: _Fields) -> None:
-        self.format: ExampleFormat | None = None if format == "auto" else format
-        self.decided_by: str | None = None  # the file, if one did
-        self.texts: list[str] = []  # files of plain text, seen before one decided
-        self.text_field, self.slots = fields.text, fields.slots()
 
-    def examples(self, stream: io.BufferedReader, name: str, kind: str) -> Iterator[Example | None]:
-        """What is in one file (see sources.Reader); None if that is text."""
-        kind = _kind(name, kind)
-        if kind in RECORDS:
-            records = RECORDS[kind](stream, name)
-            first = list(islice(records, _LOOKED_AT))
-            if not first:
-                return
-            self._agree_on_records(name, first)
-            inside = map(self._example, chain(first, records))
-        else:
-            blocks = decode(stream, name)
-            head = next(blocks, "")
-            is_dialogue = _BEGINNING.match(head)
-            if is_dialogue or self.format is not None:
-                self._agree(name, "dialogue" if is_dialogue else "text")
-            else:
-                self.texts.append(name)
-            inside = _dialogues(chain([head], blocks), name)
-        if self.format in (None, "text"):
-            yield None
-        else:
-            yield from inside
+@dataclass(frozen=True)
+class _Decision:
+    """The format of the examples."""
 
-    def _agree(self, name: str, looks: ExampleFormat) -> None:
+    format: ExampleFormat
+    decided_by: str | None = None  # the file that said so, if the caller did not
+    texts: tuple[str, ...] = ()  # files of plain text before that one
+
+    def check(self, name: str, looks: ExampleFormat) -> None:
         """Raises NotTextError, which skips files that nobody named, for another format."""
-        if self.format is None:
-            self.format, self.decided_by = looks, name
-        if self.format == looks:
+        if looks == self.format:
             return
         what = "plain text" if looks == "text" else f"in the format {looks}"
         if self.decided_by is None:
@@ -257,62 +251,94 @@ class _Reading:
         like = f"{self.format} like {self.decided_by}"
         raise NotTextError(name, f"{what}, not {like}", "finetune on one format at a time")
 
-    def _agree_on_records(self, name: str, first: list[Record]) -> None:
-        fields = list(dict.fromkeys(field for record in first for field in record.fields))
-        if self.format in self.slots and self._missing(self.format, fields) is None:
-            return
-        looks = self._look(fields, first)
-        if looks is not None:
-            return self._agree(name, looks)
-        missing = self.text_field if self.format is None else self._missing(self.format, fields)
-        what = f"not in the format {self.format}" if self.format else "in no known format"
-        why = no_field(missing, fields) if missing else f"its fields are {shown(fields)}"
-        raise NotTextError(name, f"{what}: {why}", "name yours: --prompt-field and "
-                           "--completion-field, --label-field, or --text-field")  # fmt: skip
 
-    def _missing(self, format: ExampleFormat, fields: list[str]) -> str | None:
-        """The first field that records of that format need and these have not."""
-        slots = self.slots.get(format, ())
-        return next((slot[0] for slot in slots if not set(slot) & set(fields)), None)
+def detect_format(
+    files: Sequence[Source], fields: _Fields, on_skip: Callable[[str, str], None]
+) -> _Decision:
+    """The format that the first file with examples has, or text where none has any.
 
-    def _look(self, fields: list[str], first: list[Record]) -> ExampleFormat | None:
-        """The format that records with these fields have."""
-        for format in ("labels",) if self.text_field else self.slots:
-            if self._missing(format, fields) is None:
-                return format
-        if (self.text_field or "text") in fields:
-            return "text"
-        if self.text_field or "label" in fields:
-            return None
-        texts = {
-            key
-            for record in first
-            for key, value in record.fields.items()
-            if isinstance(value, str)
-        }
-        return "text" if len(texts) == 1 else None
+    A file is only looked at as far as needed. Raises `UserError` for records of no known format.
+    """
 
-    def _example(self, record: Record) -> Example:
-        assert self.format in self.slots
-        slots = self.slots[self.format]
-        if self.format in ("messages", "sharegpt"):
-            return _chat(record, *slots[0])
-        if self.format == "labels":
-            text, label = slots
-            return Labelled(_text(record, text), _label(record, label), record.where)
-        prompt, completion = (_text(record, slot) for slot in slots)
-        if self.format == "alpaca" and (more := _text_or_none(record, "input")):
-            prompt = f"{prompt}\n\n{more}"
-        turns = Turn("user", prompt), Turn("assistant", completion)
-        if system := _text_or_none(record, "system"):
-            turns = Turn("system", system), *turns
-        return Conversation(turns, record.where)
+    def look(
+        stream: io.BufferedReader, name: str, kind: str
+    ) -> Iterator[tuple[str, ExampleFormat | None]]:
+        kind = _kind(name, kind)
+        if kind not in RECORDS:
+            yield name, "dialogue" if _BEGINNING.match(next(decode(stream, name), "")) else None
+        elif first := list(islice(RECORDS[kind](stream, name), _LOOKED_AT)):
+            names = _names(first)
+            if (format := fields.look(names, first)) is None:
+                raise _unknown(name, "in no known format", fields.text, names)
+            yield name, format
+
+    texts: list[str] = []
+    for name, format in read_files(files, look, on_skip=on_skip):
+        if format is not None:
+            return _Decision(format, name, tuple(texts))
+        texts.append(name)
+        if len(texts) == _ENOUGH_TEXTS:
+            break
+    return _Decision("text" if texts else "auto", None, tuple(texts))
+
+
+def _reader(decision: _Decision, fields: _Fields) -> Reader[Example]:
+    """What reads the examples of one file (see `sources.read_files`)."""
+    format, slots = decision.format, fields.slots()
+
+    def read(stream: io.BufferedReader, name: str, kind: str) -> Iterator[Example]:
+        kind = _kind(name, kind)
+        if kind in RECORDS:
+            records = RECORDS[kind](stream, name)
+            first = list(islice(records, _LOOKED_AT))
+            names = _names(first)
+            missing = fields.missing(format, names)
+            if first and (format not in slots or missing is not None):
+                if (looks := fields.look(names, first)) is None:
+                    raise _unknown(name, f"not in the format {format}", missing, names)
+                decision.check(name, looks)
+            for record in chain(first, records):
+                yield _example(record, format, slots[format])
+        elif name in decision.texts:
+            raise NotTextError(name, "plain text")
+        else:
+            blocks = decode(stream, name)
+            head = next(blocks, "")
+            decision.check(name, "dialogue" if _BEGINNING.match(head) else "text")
+            yield from _dialogues(chain([head], blocks), name)
+
+    return read
+
+
+def _names(records: list[Record]) -> list[str]:
+    return list(dict.fromkeys(name for record in records for name in record.fields))
+
+
+def _unknown(name: str, what: str, missing: str | None, names: list[str]) -> NotTextError:
+    why = no_field(missing, names) if missing else f"its fields are {shown(names)}"
+    remedy = "name yours: --prompt-field and --completion-field, --label-field, or --text-field"
+    return NotTextError(name, f"{what}: {why}", remedy)
 
 
 # ---- from a record ---------------------------------------------------------------------------
 
 
-def _value(record: Record, slot: _Slot) -> tuple[str, Any]:
+def _example(record: Record, format: ExampleFormat, slots: tuple[_Slot, ...]) -> Example:
+    if format in ("messages", "sharegpt"):
+        return _chat(record, *slots[0])
+    if format == "labels":
+        text, label = slots
+        return Labelled(_text(record, text), _label(record, label), record.where)
+    prompt, completion = (_text(record, slot) for slot in slots)
+    if format == "alpaca" and (more := _text_or_none(record, "input")):
+        prompt = f"{prompt}\n\n{more}"
+    turns = Turn("user", prompt), Turn("assistant", completion)
+    if system := _text_or_none(record, "system"):
+        turns = Turn("system", system), *turns
+    return Conversation(turns, record.where)
+
+
+def _value(record: Record, slot: _Slot) -> tuple[str, object]:
     """The field of `slot` that is there, and what it holds."""
     for name in slot:
         if name in record.fields:
@@ -339,8 +365,10 @@ def _label(record: Record, slot: _Slot) -> str:
     if isinstance(value, int):  # or a bool
         return json.dumps(value)
     if isinstance(value, float):
-        raise UserError(f"{record.where}: field {name!r} holds no class: {value}; a label is a "
-                        "word or a whole number")  # fmt: skip
+        raise UserError(
+            f"{record.where}: field {name!r} holds no class: {value}; a label is a word or a whole "
+            "number"
+        )
     label = _text(record, slot).strip()
     if not label:
         raise UserError(f"{record.where}: field {name!r} is empty; every text needs a label")
@@ -368,7 +396,7 @@ def _chat(record: Record, key: str) -> Conversation:
     return Conversation(tuple(turns), record.where)
 
 
-def _excerpt(value: Any) -> str:
+def _excerpt(value: object) -> str:
     return json.dumps(value, default=str)[:60]
 
 
@@ -392,8 +420,10 @@ def _dialogues(blocks: Iterable[str], name: str) -> Iterator[Conversation]:
         elif turns and line is not None:
             turns[-1][1].append(line)
         elif line and line.strip():
-            raise UserError(f"{name}, line {number}: words before the first User:, Assistant: or "
-                            f"System: of a conversation: {line.strip()[:60]!r}")  # fmt: skip
+            raise UserError(
+                f"{name}, line {number}: words before the first User:, Assistant: or System: of a "
+                f"conversation: {line.strip()[:60]!r}"
+            )
     if turns:
         yield Conversation(tuple(map(_joined, turns)), where)
 
@@ -434,8 +464,10 @@ def split_examples(
     held_out = set().union(*(_hold_out(copies, fraction) for copies in classes.values()))
     if not held_out:
         of_one = "" if None in classes else " of one class"
-        raise UserError(f"there are no two different examples{of_one}, so none to hold out for "
-                        "validation; use more, or --val FILE")  # fmt: skip
+        raise UserError(
+            f"there are no two different examples{of_one}, so none to hold out for validation; "
+            "use more, or --val FILE"
+        )
     train = [item for item in items if item.digest not in held_out]
     return train, [item for item in items if item.digest in held_out]
 
@@ -463,8 +495,3 @@ def overlap(train: Iterable[Example], val: Iterable[Example]) -> int:
     """How many examples of `val` stand in `train`, word for word."""
     seen = {item.digest for item in train}
     return sum(item.digest in seen for item in val)
-
-
-def fingerprint(items: Iterable[Example]) -> str:
-    """16 hex digits that change when an example or their order does."""
-    return hashlib.sha256(b"".join(item.digest for item in items)).hexdigest()[:16]
