@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from glassgpt.checkpoints import run_directory as ckpt
 from glassgpt.config import TrainConfig
-from glassgpt.data.batches import Dataset
+from glassgpt.data.dataset import Dataset
 from glassgpt.model import GPT
 from glassgpt.reporting.plots import loss_curve
 from glassgpt.reporting.run_log import (
