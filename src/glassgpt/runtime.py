@@ -166,6 +166,22 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
 
 
+def seed_of(*numbers: int) -> int:
+    """A seed from 0 to 2^64 - 1 that follows from the numbers and their order, and looks random.
+
+    Each number is added to the state, which takes a step of SplitMix64 (Steele, Lea and Flood,
+    "Fast splittable pseudorandom number generators", OOPSLA 2014): the same on every machine and
+    in every version of Python.
+    """
+    state, mask = 0, (1 << 64) - 1
+    for number in numbers:
+        state = (state + number + 0x9E3779B97F4A7C15) & mask
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & mask
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & mask
+        state ^= state >> 31
+    return state
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """torch says it in three ways, depending on the device."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):

@@ -233,6 +233,14 @@ def test_evaluation_drops_nothing(way):
     assert abs(gradients(step)[0] * n_targets - expected) > 1e-3 * expected
 
 
+def test_seeds_are_those_of_splitmix64():
+    """The generator's first output from the state 0, as published with it; order matters."""
+    assert runtime.seed_of(0) == 0xE220A8397B1DCDAF
+    seeds = {runtime.seed_of(*numbers) for numbers in [(1, 2), (2, 1), (1,), (1, 2, 0), (-1, 2)]}
+    assert len(seeds) == 5
+    assert all(0 <= seed < 1 << 64 for seed in seeds)
+
+
 def test_fused_dropout_is_a_function_of_the_key_in_every_thread():
     """Whoever is faster, and whatever torch's generator says; each micro-batch drops others."""
     step = make_step("fused", dropout=0.3, threads=2)

@@ -170,7 +170,7 @@ class Trainer:
         done = self._agreed(self.clock.done(step)) if self.clock.budget else None
         rate = learning_rate_at(step, config, done)
         set_learning_rate(self.optimizers, config, rate)
-        key = hash((config.seed, step, self.machine.rank)) & 0x7FFFFFFF
+        key = runtime.seed_of(config.seed, step, self.machine.rank)
         if self.drops:  # dropout masks, too, are a function of the step
             torch.manual_seed(key)
         with self.clock.timed("data"):

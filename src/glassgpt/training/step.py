@@ -257,7 +257,7 @@ class TrainingStep:
                 self.steps[0].loss.require_backward_grad_sync = last  # type: ignore
             futures = []
             for i, first, share in self._shares(batch, start, at_once):
-                seed = hash((key, first))
+                seed = runtime.seed_of(key, first)
                 futures.append(self.workers.submit(self.steps[i], share, 1 / n_targets, seed))
             for loss in self.workers.results(futures):
                 total += loss
