@@ -1,6 +1,6 @@
 """Make the golden checkpoint: `python tests/golden/make.py`, and look at what it prints.
 
-A tiny model is trained here on a few sentences, in a plain loop that uses nothing of trainer.py,
+A tiny model is trained here on a few sentences, in a plain loop that uses nothing of training/,
 and kept with what it computes. A change of the code that moves these numbers changes what every
 saved model says, so this script is run again only when that is meant.
 """

@@ -63,9 +63,8 @@ class LoopState:
     plan: Expectation | None = None
 
     def to_json(self) -> dict[str, Any]:
-        losses = ("first_val_loss", "best_val_loss")
-        finite = {name: ckpt.finite_or_none(getattr(self, name)) for name in losses}
-        return dataclasses.asdict(self) | finite
+        first, best = map(ckpt.finite_or_none, (self.first_val_loss, self.best_val_loss))
+        return dataclasses.asdict(self) | {"first_val_loss": first, "best_val_loss": best}
 
     @classmethod
     def from_json(cls, saved: Mapping[str, Any]) -> LoopState:
@@ -188,9 +187,8 @@ class Trainer:
 
     def _batch(self) -> Batch:
         """This process's rows of the step's batch: tokens, targets, perhaps positions; (rows, T)"""
-        first = self.machine.rank * self.rows_per_rank
+        first, seed = self.machine.rank * self.rows_per_rank, self.config.seed
         mine, all_rows = slice(first, first + self.rows_per_rank), self.rows_per_step
-        seed = self.config.seed
         return self.data.train.batch(self.state.step, seed=seed, n=all_rows, T=self.T, rows=mine)
 
     def _read(
