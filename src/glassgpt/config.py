@@ -400,8 +400,7 @@ class TrainConfig:
         if self.memory is not None:
             bytes_of(self.memory)
             if self.budget is None:
-                raise UserError("memory limits the model that a --budget chooses; without one, "
-                                "choose its size yourself")  # fmt: skip
+                raise UserError("memory limits the model of a --budget; without one, choose a size")
         counts = "max_steps batch_tokens eval_interval log_interval"
         _check(self, counts, lambda n: n >= 1, _FROM_ONE)
         optional = "micro_batch_size eval_batches patience checkpoint_interval decay_steps threads"
@@ -464,8 +463,10 @@ class FinetuneConfig:
                 if getattr(self, name):
                     raise UserError(f"{name} needs --lora-rank")
             if self.base_weights != "float32":
-                raise UserError(f"base_weights={self.base_weights} needs --lora-rank: such weights "
-                                "can't be trained")  # fmt: skip
+                raise UserError(
+                    f"base_weights={self.base_weights} needs --lora-rank: such weights "
+                    "can't be trained"
+                )
         _check(self, "lora_rank", lambda n: n >= 1, _FROM_ONE)
         if wrong := sorted(set(self.lora_targets) - set(LORA_TARGETS)):
             raise UserError(f"lora_targets={wrong[0]}: choose from {', '.join(LORA_TARGETS)}")

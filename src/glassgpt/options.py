@@ -1,9 +1,9 @@
-"""Options by name: the flat view of the dataclasses that presets, TOML files and verbs share.
+"""Options by name: presets, TOML files and verbs give the fields of config.py's dataclasses.
 
     resolve_options({"n_layer": 6}, preset="shakespeare-char", config="run.toml")
 
-Precedence: defaults < preset < TOML file < command line. This room knows what options there are
-and what type each has; what they mean stands in config.py.
+Precedence: defaults < preset < TOML file < command line. This module knows what options there are
+and what type each has; config.py says what they mean.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ Options = dict[str, Any]  # name of a field -> value; of what type, option_types
 
 
 def option_types(verb: str = "train") -> dict[str, Any]:
-    """Name -> annotated type of every option of `train` or `finetune`, in the order people meet
-    them. A finetuned model is the shape that its base is."""
+    """Name -> annotated type of every option of `train` or `finetune`, in the order of the help.
+    `finetune` has none for the architecture, which is the base's."""
     if verb == "finetune":
         theirs = option_types()
         names = names_of(TrainConfig) - {"memory"} | names_of(DataConfig) - {"tokenizer"}
@@ -49,14 +49,11 @@ def make_config(cls: type[T_], options: Options) -> T_:
     return cls(**{name: options[name] for name in names_of(cls) & set(options)})
 
 
-def split_options(options: dict[str, Any]) -> tuple[dict[str, Any], DataConfig, TrainConfig]:
+def split_options(options: Options) -> tuple[Options, DataConfig, TrainConfig]:
     """Flat options -> (model overrides incl. "shape", DataConfig, TrainConfig)."""
-    parts = [
-        {name: value for name, value in options.items() if name in names_of(cls)}
-        for cls in (ModelConfig, DataConfig, TrainConfig)
-    ]
-    parts[0]["shape"] = options.get("shape", "modern")
-    return parts[0], DataConfig(**parts[1]), TrainConfig(**parts[2])
+    model = {name: options[name] for name in names_of(ModelConfig) & set(options)}
+    model["shape"] = options.get("shape", "modern")
+    return model, make_config(DataConfig, options), make_config(TrainConfig, options)
 
 
 _PRESETS = Path(__file__).parent / "training" / "presets"
@@ -67,18 +64,18 @@ def preset_names() -> list[str]:
 
 
 def resolve_options(
-    given: dict[str, Any],
+    given: Options,
     *,
     preset: str | None = None,
     config: str | Path | None = None,
     verb: str = "train",
-) -> dict[str, Any]:
+) -> Options:
     """Defaults < preset < file < `given`; every value checked against its field's type.
 
     Raises `UserError` for unknown names (with the nearest valid one), wrong types, and a
     preset or file that can't be read.
     """
-    options: dict[str, Any] = {}
+    options: Options = {}
     if preset is not None:
         if preset not in preset_names():
             raise UserError(
@@ -97,15 +94,17 @@ def resolve_options(
     return options | check_options(given, "the options", verb)
 
 
-def check_options(options: dict[str, Any], where: str, verb: str = "train") -> dict[str, Any]:
-    """The same options, numbers converted to their field's type; raises `UserError`."""
+def check_options(options: Options, where: str, verb: str = "train") -> Options:
+    """The options, with numbers converted to their field's type; raises `UserError`."""
     hints = option_types(verb)
     checked = {}
     for name, value in options.items():
         key = name.replace("-", "_")
         if key not in hints and isinstance(value, dict):
-            raise UserError(f"{where}: no tables such as [{name}], please; every option is a line "
-                            "of its own at the top, like max_steps = 500")  # fmt: skip
+            raise UserError(
+                f"{where}: no tables such as [{name}], please; every option is a line "
+                "of its own at the top, like max_steps = 500"
+            )
         if key not in hints:
             raise UserError(f"unknown option {name!r} in {where}.{nearest(key, hints)}")
         if key in checked:

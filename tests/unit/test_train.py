@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 
+import glassgpt
 from glassgpt import runtime
 from glassgpt.checkpoints import run_directory as checkpoint
 from glassgpt.config import ModelConfig, TrainConfig
@@ -456,3 +457,16 @@ def test_the_state_of_an_earlier_version_is_read():
     assert (state.step, state.seconds, state.samples) == (30, 4.5, ["a", "b"])
     assert (state.best_val_loss, state.kept, state.spent) == (math.inf, [], {})
     assert LoopState.from_json(json.loads(json.dumps(state.to_json()))) == state
+
+
+def test_prepare_gives_the_data_that_train_would_use(text):
+    data = glassgpt.prepare(text, tokenizer="byte", val_fraction=0.2)
+    tokens, targets, *_ = data.train.batch(0, seed=1, n=2, T=5)
+    assert tokens.shape == targets.shape == (2, 5)
+    assert data.tokenizer.vocab_size >= 256
+    assert glassgpt.prepare([text], tokenizer="byte", val_fraction=0.2).path == data.path
+    assert glassgpt.prepare(data.path).fingerprint == data.fingerprint
+    with pytest.raises(UserError, match="prepared already"):
+        glassgpt.prepare(data.path, tokenizer="char")
+    with pytest.raises(UserError, match="max_tokens"):
+        glassgpt.prepare(text, max_tokens=0)

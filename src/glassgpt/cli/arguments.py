@@ -2,7 +2,7 @@
 
     def sample(run: str, /, *, options: Annotated[SampleOptions, Parameter(name="*")] = {}): ...
 
-What an option means and which values it takes stands in config.py; this room dresses it for the
+config.py says what an option means and which values it takes; this module presents it to the
 library that parses arguments.
 """
 
@@ -30,12 +30,16 @@ _FREE_TEXT = ("sample_prompt", "stop")  # may begin with a hyphen
 
 
 def _options(name: str, hints: dict[str, Any], groups: dict[str, Group] | None = None) -> Any:
-    """A TypedDict of cyclopts parameters: it will hold the options that were really given."""
+    """A TypedDict of cyclopts parameters; a call holds only the options that were really given."""
     fields = {}
     for key, hint in hints.items():
         group = {"group": groups[key]} if groups and key in groups else {}
-        about = Parameter(help=hint.__metadata__[0], negative_iterable=(),
-                          allow_leading_hyphen=key in _FREE_TEXT, **group)  # fmt: skip
+        about = Parameter(
+            help=hint.__metadata__[0],
+            negative_iterable=(),
+            allow_leading_hyphen=key in _FREE_TEXT,
+            **group,
+        )
         fields[key] = Annotated[hint.__origin__, about]
     return TypedDict(name, fields, total=False)  # type: ignore[operator]
 

@@ -76,8 +76,14 @@ def prepare_verb(
 
     terminal = Terminal()
     try:
-        report = run(sources, out, DataConfig(**options), workers=workers, overwrite=overwrite,
-                     reporter=terminal)  # fmt: skip
+        report = run(
+            sources,
+            out,
+            DataConfig(**options),
+            workers=workers,
+            overwrite=overwrite,
+            reporter=terminal,
+        )
     finally:
         terminal.close()
     print(report.describe(out))
@@ -258,7 +264,7 @@ def plan_verb(
     from glassgpt.errors import UserError
     from glassgpt.reporting.terminal import Terminal
     from glassgpt.training.planning import planner
-    from glassgpt.training.run import plan
+    from glassgpt.training.run import budget_plan
 
     terminal = Terminal()
     where = {"preset": preset, "config": config}
@@ -266,7 +272,7 @@ def plan_verb(
         if resolve_options(options, **where).get("budget"):
             if gpu or gpus or mfu:
                 raise UserError("a budget is planned by measuring: on this machine, without --gpu")
-            table = plan(data, **where, reporter=terminal, **options)
+            table = budget_plan(data, **where, reporter=terminal, **options)
         else:
             how = dict(gpu=gpu, gpus=gpus, mfu=mfu, price=price)
             made = planner.make_plan(data, **where, **how, reporter=terminal, **options)

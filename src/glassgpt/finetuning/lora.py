@@ -3,14 +3,14 @@
     add_lora(model, LoRA(rank=8, alpha=16)); model.blocks[0].mlp.up.a[0].shape  # (8, n_embd)
 
 Finetuning moves a matrix W (out, in) in few directions: a product B A of B (out, r) and A (r, in)
-with r of 4 to 64 says it all (arXiv:2106.09685). So W is frozen, and in
+with r of 4 to 64 is enough (arXiv:2106.09685). So W is frozen, and in
 
     y = x W^T + (alpha / r) (x A^T) B^T
 
-only A and B learn: about a hundredth of the numbers, hence of gradients and optimizer state. A
-begins random and B zero, so at first nothing is changed; in the end the product can be added into
-W, and the model runs as fast as before. W may lie in 16 or 8 bits meanwhile, as nothing moves it.
-This room knows model.py's blocks, and no optimizer, loss or file.
+only A and B learn: about a hundredth of the numbers, so gradients and optimizer state are as small.
+A starts random and B zero, so at first nothing changes. After training the product can be added to
+W, and the model runs as fast as before. W does not change, so it may be held in 16 or 8 bits.
+This module knows model.py's blocks, and no optimizer, loss or file.
 """
 
 from __future__ import annotations
@@ -61,10 +61,10 @@ def _restored(weight: torch.Tensor, scale: torch.Tensor | None, dtype: torch.dty
 
 
 class _FrozenProduct(torch.autograd.Function):
-    """x W^T + bias, which keeps W for the backward pass as it is held, not as it was multiplied.
+    """x W^T + bias, which keeps W for the backward pass in the precision it is held in.
 
-    Autograd by itself would keep a restored copy of every matrix from the forward to the backward
-    pass, and nothing would be saved by holding W in fewer bits.
+    Autograd by itself would keep a float copy of every matrix from the forward to the backward
+    pass, so holding W in fewer bits would save nothing.
     """
 
     @staticmethod
@@ -95,7 +95,7 @@ class AdaptedLinear(nn.Module):
     """
 
     def __init__(self, plain: nn.Linear, lora: LoRA, rows: Sequence[int]) -> None:
-        """`rows`: of each stack, from the top; none for a matrix without correction."""
+        """`rows`: how many each stack has, from the top; () for a matrix without correction."""
         super().__init__()
         weight, scale = plain.weight.detach(), None
         if lora.base_weights == "int8":  # -127..127, times a scale of each row
@@ -133,7 +133,7 @@ class AdaptedLinear(nn.Module):
 
     @torch.no_grad()
     def dense(self) -> torch.Tensor:
-        """The plain matrix that computes the same, (out, in) float32; `weight` if that does."""
+        """W with the correction added, (out, in) float32."""
         weight = _restored(self.weight, self.scale, torch.float32)
         if not self.pairs():
             return weight
@@ -144,10 +144,11 @@ class AdaptedLinear(nn.Module):
 
 
 def add_lora(model: GPT, lora: LoRA) -> None:
-    """Freeze a model and give its blocks' matrices corrections, which alone can learn then.
+    """Freeze a model and give the matrices of its blocks corrections; only these can learn then.
 
     Matrices that are no target are held in `base_weights` as well; embeddings, norms and head
-    stay float32. The random numbers are torch's. Raises `UserError` for a target that it lacks.
+    stay float32. Random numbers come from torch's generator. Raises `UserError` for a target that
+    the model does not have.
     """
     modules = model.blocks.named_modules()  # "0.attn.qkv"
     linears = {path: module for path, module in modules if isinstance(module, nn.Linear)}
@@ -170,10 +171,10 @@ def _stacks(config: ModelConfig, name: str, rows: int) -> tuple[int, ...]:
 
 
 def merged_weights(model: GPT) -> Mapping[str, np.ndarray]:
-    """The weights of a plain model that computes the same, by the names of config.weight_shapes.
+    """The weights of a plain model that computes the same, under the names of model.py.
 
-    float32, each made when it is asked for, so that there is never a second copy of the model.
-    What has no correction may be the model's own memory. Models without LoRA may come too.
+    Each is float32 and is made when it is asked for, so that there is never a second copy of the
+    model; one without correction may share the model's memory. Works for models without LoRA, too.
     """
 
     def make(name: str) -> np.ndarray:

@@ -1,7 +1,9 @@
-"""What finetuning is for: other text, conversations, labels; of whole models or of adapters.
+"""What finetuning is for: other text, conversations or labels; of whole models or of adapters.
 
-Each says what its rows mean (through the loss's options), what to show on the way, and what of it
-is kept: always a checkpoint that other programs load as it is.
+    task = LabelTask(labels=("good", "bad"), val=data.val, ...); print(task.show(model))
+
+A task says what is shown on the way and what is kept: always a checkpoint that other programs load
+as it is. It does not know how a step is taken.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from glassgpt.checkpoints import run_directory as ckpt
 from glassgpt.checkpoints.tensors import Lazy
 from glassgpt.config import Sampling, TrainConfig
 from glassgpt.data.batches import IGNORE, Split
+from glassgpt.data.examples import Conversation, Turn
 from glassgpt.finetuning.lora import LoRA, adapter_tensors, merged_weights
 from glassgpt.inference.classify import class_logits, metrics, metrics_table
 from glassgpt.inference.generate import complete
@@ -32,7 +35,7 @@ from glassgpt.training.task import TextTask
 
 
 class FinetuneTask(TextTask):
-    """The next token of another text than the base was trained on; perhaps by adapters alone."""
+    """Predict the next token of a text that is new to the base; with LoRA, by adapters alone."""
 
     verb = "finetune"
 
@@ -47,7 +50,8 @@ class FinetuneTask(TextTask):
         lora: LoRA | None = None,
         pretraining: dict[str, Any] | None = None,
     ) -> None:
-        """`pretraining`: how the base learned at first, for whoever finetunes the result."""
+        """`pretraining`: optimizer and rates of the base's first training; they are saved, so that
+        the result can be finetuned in turn."""
         super().__init__(tokenizer, config)
         self.pretraining = pretraining or {}
         self.base_fingerprint = None if lora is None else ckpt.model_fingerprint(base)
@@ -57,23 +61,28 @@ class FinetuneTask(TextTask):
         self.dropout = 0.0 if lora is None else lora.dropout
 
     def checkpoint(self, model: GPT, info: dict[str, Any]) -> ckpt.Checkpoint:
-        """Adapters are added to the weights that they belong to: any program can load the sum."""
+        """The model with its adapters added to the weights, so that any program can load it."""
         info = info | {"pretraining": self.pretraining}
-        return ckpt.Checkpoint(model.config, merged_weights(model), self.tokenizer, info,
-                               self.chat_template, self.ends)  # fmt: skip
+        return ckpt.Checkpoint(
+            model.config, merged_weights(model), self.tokenizer, info, self.chat_template, self.ends
+        )
 
     def state(self) -> dict[str, Any]:
         return super().state() | {"base": self.base_fingerprint}
 
     def beside(self, model: GPT) -> str | None:
-        """What people should know of the adapter, or of tokens that can't be learned."""
+        """A note for people: on the adapter, or on tokens that can't be learned."""
         if self.lora is not None and not _is_adapter_alone(model):
-            return ("note: the head learns as well (new tokens or classes), which is more than an "
-                    "adapter: only the merged model is kept")  # fmt: skip
+            return (
+                "note: the head learns as well (new tokens or classes), which is more than an "
+                "adapter: only the merged model is kept"
+            )
         frozen = not model.token_embedding.weight.requires_grad
         if self.lora is None and frozen and self.n_new:
-            return (f"note: the embeddings are frozen, so the template's {self.n_new} new tokens "
-                    "stay what they are: the mean of the others")  # fmt: skip
+            return (
+                f"note: the embeddings are frozen, so the template's {self.n_new} new tokens "
+                "stay what they are: the mean of the others"
+            )
         return None
 
     def to_resume(
@@ -81,8 +90,11 @@ class FinetuneTask(TextTask):
     ) -> tuple[ckpt.Checkpoint | None, dict[str, np.ndarray]]:
         if self.lora is None:
             return super().to_resume(model, info)
-        return None, {f"learning.{name}": np.asarray(p.detach().cpu())
-                      for name, p in model.named_parameters() if p.requires_grad}  # fmt: skip
+        return None, {
+            f"learning.{name}": np.asarray(p.detach().cpu())
+            for name, p in model.named_parameters()
+            if p.requires_grad
+        }
 
     def restore(
         self, model: GPT, saved: ckpt.Checkpoint | None, tensors: Mapping[str, np.ndarray]
@@ -104,29 +116,35 @@ class FinetuneTask(TextTask):
                 files = to_files(
                     self.tokenizer, model.config.context_length, chat_template=template
                 )
-            ckpt.save_adapter(folder / "adapter", model.config, tensors, alpha=self.lora.alpha,
-                              dropout=self.lora.dropout, base=self.base_name,
-                              tokenizer_files=files)  # fmt: skip
+            ckpt.save_adapter(
+                folder / "adapter",
+                model.config,
+                tensors,
+                alpha=self.lora.alpha,
+                dropout=self.lora.dropout,
+                base=self.base_name,
+                tokenizer_files=files,
+            )
 
 
 def _is_adapter_alone(model: GPT) -> bool:
-    """Else what was learned is more than an adapter for the base as it was."""
-    return not any(p.requires_grad for part in (model.token_embedding, model.head)
-                   for p in part.parameters())  # fmt: skip
+    """Whether embeddings and head are frozen: an adapter for the base is all that is learned."""
+    parts = (model.token_embedding, model.head)
+    return not any(p.requires_grad for part in parts for p in part.parameters())
 
 
 class ChatTask(FinetuneTask):
-    """The assistant's words in conversations: it shows what the model answers."""
+    """Learn the assistant's words in conversations; shows what the model answers."""
 
     try_next = "chat {run}"
 
-    def __init__(self, *, chat: Chat, questions: Sequence[Any], **common: Any) -> None:
+    def __init__(self, *, chat: Chat, questions: Sequence[Conversation], **common: Any) -> None:
         super().__init__(**common)
         self.chat, self.questions = chat, questions
         self.chat_template, self.ends = chat.template, chat.ends
 
     def show(self, model: GPT) -> str:
-        """The likeliest answers to the same questions every time, and those that were wanted."""
+        """The likeliest answers to always the same questions, with the answers in the data."""
         if not self.config.sample_tokens:
             return ""
         asked = [_question(each.turns) for each in self.questions]
@@ -140,14 +158,14 @@ class ChatTask(FinetuneTask):
         return "\n\n".join(parts)
 
 
-def _question(turns: Sequence[Any]) -> tuple[Sequence[Any], str]:
+def _question(turns: Sequence[Turn]) -> tuple[Sequence[Turn], str]:
     """What comes before the first answer of a conversation, and that answer."""
     at = next(i for i, turn in enumerate(turns) if turn.role == "assistant" and turn.content)
     return turns[:at], turns[at].content
 
 
 class LabelTask(FinetuneTask):
-    """The label of a text: it shows how many it gets right."""
+    """Learn the label of a text; shows how many labels are right."""
 
     try_next = 'sample {run} --text "What is this?"'
     per = "text"
@@ -173,7 +191,7 @@ class LabelTask(FinetuneTask):
         return None
 
     def show(self, model: GPT) -> str:
-        """Accuracy and macro F1 over the texts to judge by, and each class's part in them."""
+        """Accuracy and macro F1 on the validation texts, and the figures of each class."""
         truth, predicted = self._judged or self._judge(model)
         self._judged = None
         return metrics_table(metrics(truth, predicted, len(self.labels)), self.labels)
@@ -182,10 +200,13 @@ class LabelTask(FinetuneTask):
         saved = super().checkpoint(model, info)
         body = [name for name in model.config.weight_shapes if name != "head.weight"]
         head = model.head.weight.detach().cpu().numpy()
-        weights = Lazy({name: partial(saved.weights.__getitem__, name) for name in body}
-                       | {"score.weight": lambda: head})  # fmt: skip
-        return dataclasses.replace(saved, weights=weights, labels=self.labels, chat_template=None,
-                                   ends=())  # fmt: skip
+        weights = Lazy(
+            {name: partial(saved.weights.__getitem__, name) for name in body}
+            | {"score.weight": lambda: head}
+        )
+        return dataclasses.replace(
+            saved, weights=weights, labels=self.labels, chat_template=None, ends=()
+        )
 
     def restore(
         self, model: GPT, saved: ckpt.Checkpoint | None, tensors: Mapping[str, np.ndarray]
@@ -202,7 +223,7 @@ class LabelTask(FinetuneTask):
         confusion(folder / "confusion.png", matrix, self.labels)
 
     def _judge(self, model: GPT) -> tuple[np.ndarray, np.ndarray]:
-        """The classes of the texts to judge by, and those that the model gives them."""
+        """The true and the predicted classes of the validation texts."""
         truth, predicted = [], []
         for tokens, targets, positions in self.val.windows(n=32, T=model.config.context_length):
             last = targets != IGNORE  # (B, T): the last token of a text has its class

@@ -106,7 +106,7 @@ def train(
 
 
 @explain_os_errors("go on")
-def plan(
+def budget_plan(
     data: Names = None,
     *,
     preset: str | None = None,
