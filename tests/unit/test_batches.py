@@ -45,16 +45,6 @@ def test_a_batch_is_windows_and_their_successors(tmp_path: Path) -> None:
     assert (targets == tokens + 1).all()
 
 
-def test_a_batch_depends_on_seed_and_step_alone(tmp_path: Path) -> None:
-    data = token_files(tmp_path, 60000)
-    first = data.batch(7, seed=5, n=6, T=4)[0]
-    data.batch(8, seed=6, n=11, T=9)
-    again = token_files(tmp_path / "copy", 60000).batch(7, seed=5, n=6, T=4)[0]
-    assert np.array_equal(first, again)
-    for step, seed in ((8, 5), (7, 6), (5, 7)):
-        assert not np.isin(first[:, 0], data.batch(step, seed=seed, n=6, T=4)[0][:, 0]).all()
-
-
 def test_batches_of_different_steps_are_independent(tmp_path: Path) -> None:
     """A step must not see the windows of the step before again: each batch is a fresh draw."""
     data = token_files(tmp_path, 60000)
@@ -71,19 +61,6 @@ def test_every_window_can_be_drawn(tmp_path: Path) -> None:
     starts = Counter(int(row[0]) for tokens in batches for row in tokens)
     assert set(starts) == {0, 1, 2, 3, 4}  # 4 + 5 is the last token
     assert min(starts.values()) > 700 / 5 * 0.7
-
-
-@pytest.mark.parametrize("world", [1, 2, 3, 4, 6])
-def test_rank_slices_tile_the_global_batch(tmp_path: Path, world: int) -> None:
-    data = token_files(tmp_path, 700, 300)
-    whole = data.batch(2, seed=3, n=12, T=5)
-    share = 12 // world
-    parts = [
-        data.batch(2, seed=3, n=12, T=5, rows=slice(rank * share, (rank + 1) * share))
-        for rank in range(world)
-    ]
-    for side in (0, 1):
-        assert np.array_equal(np.concatenate([part[side] for part in parts]), whole[side])
 
 
 @pytest.mark.slow

@@ -96,17 +96,6 @@ def test_limited_windows_are_spread_evenly() -> None:
     assert (batch[0][:, 0] // 1000 - 1).tolist() == [0, 20, 40, 60, 80]
 
 
-def test_a_batch_depends_on_seed_and_step_alone() -> None:
-    examples = examples_of([3, 9, 4, 4, 1, 8, 2, 7] * 20)
-    rows = PackedRows(examples, 9)
-    first = rows.batch(7, seed=5, n=6, T=9)
-    rows.batch(3, seed=6, n=4, T=9)
-    again = PackedRows(iter(examples), 9).batch(7, seed=5, n=6, T=9)
-    assert all(np.array_equal(one, other) for one, other in zip(first, again, strict=True))
-    for step, seed in ((8, 5), (7, 6), (7, 5 + 2**62)):
-        assert not np.array_equal(first[0], rows.batch(step, seed=seed, n=6, T=9)[0])
-
-
 def test_every_epoch_has_an_order_of_its_own() -> None:
     rows = PackedRows(examples_of([5] * 50), 5)
     orders = [rows.batch(epoch, seed=1, n=50, T=5)[0][:, 0].tolist() for epoch in range(4)]
@@ -123,18 +112,6 @@ def test_the_order_is_not_that_of_random_windows(tmp_path: Path) -> None:
     rows = PackedRows(examples_of([5] * 50), 5)
     order = rows.batch(0, seed=1, n=50, T=5)[0][:, 0] // 1000 - 1
     assert (starts == order).mean() < 0.2
-
-
-@pytest.mark.parametrize("world", [1, 2, 3, 4, 6])
-def test_rank_slices_tile_the_global_batch(world: int) -> None:
-    rows = PackedRows(examples_of([3, 9, 4, 4, 1, 8, 2, 7]), 9)
-    whole, share = rows.batch(2, seed=3, n=12, T=9), 12 // world
-    parts = [
-        rows.batch(2, seed=3, n=12, T=9, rows=slice(rank * share, (rank + 1) * share))
-        for rank in range(world)
-    ]
-    for side in range(3):
-        assert np.array_equal(np.concatenate([part[side] for part in parts]), whole[side])
 
 
 @given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=200))

@@ -1,7 +1,7 @@
 """Files out of archives, streamed: gzip, xz, bzip2, zstd; tar, zip, 7z; one inside the other.
 
     with open("pages.tar.xz", "rb") as file:
-        kind_of(file.peek(512))                                  # 'xz'
+        packed_kind(file.peek(512))                                  # 'xz'
         for name, content in ARCHIVES["tar"](decompress("xz", file, "pages"), "pages"):
             print(name, content.read())
 
@@ -45,8 +45,8 @@ _KINDS = re.compile(
 )
 
 
-def kind_of(head: bytes) -> str | None:
-    """What a file is that begins with `head` (512 bytes or all there is), or None: not packed."""
+def packed_kind(head: bytes) -> str | None:
+    """The kind of archive that begins with `head` (512 bytes, or all there is); None if none."""
     match = _KINDS.match(head)
     return match.lastgroup if match else None
 

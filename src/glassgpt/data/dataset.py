@@ -273,5 +273,9 @@ class TokenWriter:
         self.close()
         starts = f"{self.name}-documents.bin"
         write_file(self.folder / starts, np.array(self.documents, "<u8").tobytes())
-        return {"files": self.files, "tokens": self.tokens, "documents": len(self.documents),
-                "document_starts": starts}  # fmt: skip
+        return {
+            "files": self.files,
+            "tokens": self.tokens,
+            "documents": len(self.documents),
+            "document_starts": starts,
+        }

@@ -28,7 +28,7 @@ from glassgpt.data.archives import (
     NotTextError,
     decompress,
     is_hidden,
-    kind_of,
+    packed_kind,
 )
 from glassgpt.data.corpora import CORPORA, RemoteFile, fetch_corpus, open_remote, unreachable
 from glassgpt.data.dataset import has_tokens, is_prepared
@@ -138,11 +138,15 @@ def _in_folder(name: str) -> list[Source]:
 def _refuse_prepared(name: str, folder: str) -> None:
     """Its meta.json and tokenizer.json would pass for text."""
     if is_prepared(folder):
-        raise UserError(f"{name} is prepared data already, not text; train on it alone: "
-                        f"glassgpt train {shlex.quote(name)}")  # fmt: skip
+        raise UserError(
+            f"{name} is prepared data already, not text; train on it alone: "
+            f"glassgpt train {shlex.quote(name)}"
+        )
     if has_tokens(folder):
-        raise UserError(f"{name} is prepared data without a sound meta.json, so incomplete or "
-                        "damaged; prepare the data again")  # fmt: skip
+        raise UserError(
+            f"{name} is prepared data without a sound meta.json, so incomplete or damaged; "
+            "prepare the data again"
+        )
 
 
 def _matching(pattern: str) -> list[Source]:
@@ -311,7 +315,7 @@ def _contents(
         head = stream.peek(512)[:512]
         if not head:
             raise NotTextError(name, "empty")
-        kind = kind_of(head) or kind_by_name(name)
+        kind = packed_kind(head) or kind_by_name(name)
         if kind in COMPRESSIONS or kind in ARCHIVES:
             inside = _unpack(stream, name, kind, how, strict=strict, depth=depth + 1)
         else:
