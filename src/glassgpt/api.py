@@ -86,9 +86,15 @@ class LoadedModel:
         wanted = engine, weights, threads, compile
         if self._engine is None or self._engine[0] != wanted:
             self._engine = None  # before the next one: only one copy of the weights at a time
-            built = build_engine(self.checkpoint, device=self.device, engine=engine,
-                                 weights=weights, threads=threads, compile=compile,
-                                 reporter=reporter)  # fmt: skip
+            built = build_engine(
+                self.checkpoint,
+                device=self.device,
+                engine=engine,
+                weights=weights,
+                threads=threads,
+                compile=compile,
+                reporter=reporter,
+            )
             self._engine = wanted, built
         return self._engine[1].another()
 
@@ -102,8 +108,8 @@ class LoadedModel:
             raise UserError(f"prompt={prompt!r} must be text or a list of token ids") from None
         for token in tokens:
             if not 0 <= token < self.config.vocab_size:
-                raise UserError(f"token {token} is outside the vocabulary of "
-                                f"{self.config.vocab_size}")  # fmt: skip
+                size = self.config.vocab_size
+                raise UserError(f"token {token} is outside the vocabulary of {size}")
         return tokens
 
     def generate(self, prompt: Prompt = "", **options: Any) -> Piece:
@@ -154,8 +160,10 @@ class LoadedModel:
         `options` as for `generate`. Raises `UserError` for a model without a chat template.
         """
         if self.checkpoint.chat_template is None:
-            raise UserError(f"{self.name} has no chat template; finetune it on conversations: "
-                            f"glassgpt finetune {self.name} chats.jsonl")  # fmt: skip
+            raise UserError(
+                f"{self.name} has no chat template; finetune it on conversations: "
+                f"glassgpt finetune {self.name} chats.jsonl"
+            )
         from glassgpt.tokenizers.chat_template import Chat, Said
 
         chat = Chat(self.checkpoint.chat_template, self.tokenizer)
@@ -183,8 +191,8 @@ class LoadedModel:
         classifier, and for an empty text.
         """
         if not self.labels:
-            raise UserError(f"{self.name} is no classifier: it continues a text "
-                            f'(glassgpt sample {self.name} --prompt "...")')  # fmt: skip
+            try_this = f'glassgpt sample {self.name} --prompt "..."'
+            raise UserError(f"{self.name} is no classifier: it continues a text ({try_this})")
         from glassgpt.inference.classify import label_probabilities
 
         texts = [texts] if isinstance(texts, str) else texts

@@ -210,8 +210,9 @@ def main(prompt: str, *, n_tokens: int = 40, model: str = "gpt2", cache: bool = 
     weights = {name: np.asarray(w, dtype=np.float32) for name, w in checkpoint.weights.items()}
     tokenizer = checkpoint.tokenizer
     ids = tokenizer.encode(prompt, special=True)
-    new = generate(ids, weights, checkpoint.config, n_tokens, use_cache=cache,
-                   vocab_size=tokenizer.vocab_size)  # fmt: skip
+    new = generate(
+        ids, weights, checkpoint.config, n_tokens, use_cache=cache, vocab_size=tokenizer.vocab_size
+    )
     print(prompt + tokenizer.decode(new))
 
 

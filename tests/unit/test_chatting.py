@@ -16,7 +16,7 @@ from chat_templates import TEMPLATES, TOKENS
 from conftest import tiny_config, tiny_model, weights_of
 from glassgpt.api import LoadedModel
 from glassgpt.checkpoints.run_directory import Checkpoint
-from glassgpt.cli.chat_session import Said, Session, read_message, read_messages, talk
+from glassgpt.cli.chat_session import Said, ChatSession, read_message, read_messages, talk
 from glassgpt.config import ModelConfig, Sampling
 from glassgpt.errors import UserError
 from glassgpt.system import SILENT
@@ -78,7 +78,7 @@ class Told:
         reporter = Listener()
         self.notes = reporter.said
         self.engine = Speaker(config, answers)
-        self.session = Session(LoadedModel(checkpoint, "cpu"), self.engine, Sampling(**options),
+        self.session = ChatSession(LoadedModel(checkpoint, "cpu"), self.engine, Sampling(**options),
                                system=system, reporter=reporter)  # fmt: skip
 
     def __call__(self, line: str) -> str:
@@ -176,7 +176,7 @@ def test_each_answer_has_a_seed_of_its_own_and_a_session_is_repeatable() -> None
 
     def answers() -> list[str]:
         how = Sampling(max_new_tokens=20)
-        session = Session(model, model.engine("numpy"), how, reporter=SILENT)
+        session = ChatSession(model, model.engine("numpy"), how, reporter=SILENT)
         return ["".join(session.reply(line)) for line in ("Hi", "/retry", "/retry")]
 
     assert answers() == answers()

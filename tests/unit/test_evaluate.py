@@ -20,7 +20,7 @@ from glassgpt.evaluation.text_loss import (
     loss_table,
     read_text,
     text_loss,
-    token_losses,
+    cross_entropies,
     windows,
 )
 from glassgpt.inference.engines.reference import ReferenceEngine
@@ -118,9 +118,9 @@ def test_the_token_between_documents() -> None:
     assert found.n_tokens == 3
 
 
-def test_token_losses_of_extreme_logits() -> None:
+def test_cross_entropies_of_extreme_logits() -> None:
     logits = np.array([[1e4, 0, -1e4], [0, 0, 0], [-1e38, 1e38, 0]], dtype=np.float32)
-    found = token_losses(logits, np.array([1, 2, 1]))
+    found = cross_entropies(logits, np.array([1, 2, 1]))
     np.testing.assert_allclose(found, [1e4, math.log(3), 0])
 
 

@@ -1,8 +1,8 @@
 """A chat in the terminal: what was said, the commands, and the loop that reads and shows.
 
-    talk(Session(model, model.engine(), Sampling(temperature=0.7), reporter=Terminal()))
+    talk(ChatSession(model, model.engine(), Sampling(temperature=0.7), reporter=Terminal()))
 
-`Session` knows no terminal; how a conversation becomes ids is chat.py's business.
+`ChatSession` knows no terminal; `chat_template.py` makes ids of a conversation.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _THOUGHT = "</think>"
 _ROLES = ("system", "user", "assistant")
 
 
-class Session:
+class ChatSession:
     """A conversation with a model. A base model, which has no template, continues the text."""
 
     def __init__(
@@ -58,12 +58,16 @@ class Session:
     def greeting(self, name: str) -> str:
         """What to know before the first message."""
         config = self.model.config
-        facts = (f"{name}: {config.n_parameters:,} parameters, a context of "
-                 f"{config.context_length} tokens; /help says what can be done")  # fmt: skip
+        facts = (
+            f"{name}: {config.n_parameters:,} parameters, a context of "
+            f"{config.context_length} tokens; /help says what can be done"
+        )
         if self.chat:
             return facts
-        return (f"{facts}\nThis model was not finetuned on conversations (it has no chat "
-                "template): it continues your text.")  # fmt: skip
+        return (
+            f"{facts}\nThis model was not finetuned on conversations (it has no chat "
+            "template): it continues your text."
+        )
 
     def reply(self, line: str) -> Generator[str, None, None]:
         """The answer to a message, piece by piece, or what a command gives.
@@ -76,8 +80,10 @@ class Session:
         name, _, rest = line[1:].partition(" ")
         command = COMMANDS.get(name)
         if command is None:
-            raise UserError(f"no command /{name}.{nearest(name, COMMANDS)} /help lists them; a "
-                            "message may begin with a blank and a slash")  # fmt: skip
+            raise UserError(
+                f"no command /{name}.{nearest(name, COMMANDS)} /help lists them; a "
+                "message may begin with a blank and a slash"
+            )
         if (told := command(self, rest.strip())) is not None:
             yield from told
 
@@ -103,14 +109,16 @@ class Session:
         if self.chat and reason == "length":
             self.reporter.say(
                 f"[stopped after {how.max_new_tokens} tokens; for more: /set max_new_tokens "
-                f"{2 * how.max_new_tokens}]")  # fmt: skip
+                f"{2 * how.max_new_tokens}]"
+            )
 
     def _prompt(self) -> list[int]:
         """What the model sees: the newest exchanges that leave room for an answer, behind the
         system's turn. For a base model, the text so far, a message on a line of its own."""
         if self.chat is None:
-            lines = ("\n" * (t.role == "user" and i > 0) + t.content
-                     for i, t in enumerate(self.turns))  # fmt: skip
+            lines = (
+                "\n" * (t.role == "user" and i > 0) + t.content for i, t in enumerate(self.turns)
+            )
             return self.model.tokenizer.encode("".join(lines), special=True)
         context = self.model.config.context_length
         room = context - min(self.how.max_new_tokens, context // 2)
@@ -129,7 +137,8 @@ class Session:
         if len(ids) > context:
             self.reporter.say(
                 f"[this message is longer than the context of {context} tokens: the model "
-                "sees its end only]")  # fmt: skip
+                "sees its end only]"
+            )
         return ids
 
     def _remembered(self) -> list[Said]:
@@ -137,8 +146,10 @@ class Session:
         templates want it."""
         if self.chat is None or _THOUGHT not in self.chat.template:
             return self.turns
-        return [Said(role, content.rpartition(_THOUGHT)[2] if role == "assistant" else content)
-                for role, content in self.turns]  # fmt: skip
+        return [
+            Said(role, content.rpartition(_THOUGHT)[2] if role == "assistant" else content)
+            for role, content in self.turns
+        ]
 
     # -- commands: the first line of each docstring is its help ------------------------------------
 
@@ -146,8 +157,14 @@ class Session:
         """/help                  this list"""
         lines = [(command.__doc__ or "").strip() for command in COMMANDS.values()]
         self.reporter.say(
-            "\n".join([*lines, 'A line that ends with \\ goes on; """ begins and ends several '
-            "lines; Ctrl-C stops an answer."]))  # fmt: skip
+            "\n".join(
+                [
+                    *lines,
+                    'A line that ends with \\ goes on; """ begins and ends several '
+                    "lines; Ctrl-C stops an answer.",
+                ]
+            )
+        )
 
     def do_reset(self, rest: str) -> None:
         """/reset                 forget what was said, but for the system's words"""
@@ -165,15 +182,20 @@ class Session:
     def do_system(self, rest: str) -> None:
         """/system TEXT           what the model is told before everything else [nothing]"""
         if self.chat is None:
-            raise UserError("this model was not finetuned on conversations and has no chat "
-                            "template: nothing can be told to it as the system")  # fmt: skip
+            raise UserError(
+                "this model was not finetuned on conversations and has no chat "
+                "template: nothing can be told to it as the system"
+            )
         others = [turn for turn in self.turns if turn.role != "system"]
         self.turns = [Said("system", rest), *others] if rest else others
 
     def do_set(self, rest: str) -> None:
         """/set temperature 0.7   how answers are drawn; alone, it shows all that can be set"""
-        values = {name: value for name, value in dataclasses.asdict(self.how).items()
-                  if name != "num_samples"}  # fmt: skip
+        values = {
+            name: value
+            for name, value in dataclasses.asdict(self.how).items()
+            if name != "num_samples"
+        }
         name, _, text = rest.partition(" ")
         if not name:
             self.reporter.say(
@@ -218,10 +240,10 @@ class Session:
         return message
 
 
-Command = Callable[[Session, str], Iterator[str] | None]
+Command = Callable[[ChatSession, str], Iterator[str] | None]
 COMMANDS: dict[str, Command] = {
     name.removeprefix("do_"): command
-    for name, command in vars(Session).items()
+    for name, command in vars(ChatSession).items()
     if name.startswith("do_")
 }
 
@@ -247,15 +269,17 @@ def read_messages(path: Path) -> list[Said]:
     for number, one in enumerate(found, 1):
         known = isinstance(one, dict) and one.get("role") in _ROLES
         if not known or not isinstance(one.get("content"), str):
-            raise UserError(f"{path}: message {number} needs a role ({', '.join(_ROLES)}) and a "
-                            "content, which is text")  # fmt: skip
+            raise UserError(
+                f"{path}: message {number} needs a role ({', '.join(_ROLES)}) and a "
+                "content, which is text"
+            )
     return [Said(one["role"], one["content"]) for one in found]
 
 
 # -- the terminal ----------------------------------------------------------------------------------
 
 
-def talk(session: Session) -> None:
+def talk(session: ChatSession) -> None:
     """Read, answer, show, until there is nothing more to read; from a pipe without prompts."""
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")
@@ -274,7 +298,7 @@ def talk(session: Session) -> None:
             _show(session, message, terminal)
 
 
-def _show(session: Session, message: str, terminal: bool) -> None:
+def _show(session: ChatSession, message: str, terminal: bool) -> None:
     said = False
     try:
         with contextlib.closing(session.reply(message)) as pieces:

@@ -24,12 +24,18 @@ if TYPE_CHECKING:
     from glassgpt.inference.engines import Engine
     from glassgpt.system import Reporter
 
-EngineChoice = Annotated[EngineName, Parameter(help="What computes: numba (compiled), numpy, torch "
-                                         "(model.py as it is), gpu [the fastest].")]  # fmt: skip
-Device = Annotated[Literal["auto", "cpu", "cuda", "mps"],
-                   Parameter(help="Where to compute: auto, cpu, cuda, mps.")]  # fmt: skip
-Threads = Annotated[int | None, Parameter(help="Of the CPU, for numba and torch; NumPy has its own "
-                                               "[all cores].")]  # fmt: skip
+EngineChoice = Annotated[
+    EngineName,
+    Parameter(
+        help="What computes: numba (compiled), numpy, torch (model.py as it is), gpu [the fastest]."
+    ),
+]
+Device = Annotated[
+    Literal["auto", "cpu", "cuda", "mps"], Parameter(help="Where to compute: auto, cpu, cuda, mps.")
+]
+Threads = Annotated[
+    int | None, Parameter(help="Of the CPU, for numba and torch; NumPy has its own [all cores].")
+]
 
 
 def sample_verb(
@@ -179,14 +185,14 @@ def chat_verb(
         Of the matrices: float32, int8, int4; on a GPU float32 or bfloat16.
     """
     import glassgpt
-    from glassgpt.cli.chat_session import Session, talk
+    from glassgpt.cli.chat_session import ChatSession, talk
     from glassgpt.reporting.terminal import Terminal
 
     model = glassgpt.load(run, device=device)
     how = Sampling(**({"temperature": CHAT_TEMPERATURE} | dict(options)))
     terminal = Terminal()
     chosen = model.engine(engine, weights, threads, reporter=terminal)
-    session = Session(model, chosen, how, system=system, reporter=terminal)
+    session = ChatSession(model, chosen, how, system=system, reporter=terminal)
     terminal.say(session.greeting(run))
     talk(session)
 
@@ -241,9 +247,16 @@ def eval_verb(
     every = ["float32", "int8", "int4"] if "all" in weights or not weights else []
     chosen = list(dict.fromkeys([*every, *(w for w in weights if w != "all")]))
     try:
-        found = compare_weights(checkpoint, content, chosen, engine=engine, device=device,
-                                threads=threads, max_tokens=max_tokens,
-                                reporter=terminal)  # fmt: skip
+        found = compare_weights(
+            checkpoint,
+            content,
+            chosen,
+            engine=engine,
+            device=device,
+            threads=threads,
+            max_tokens=max_tokens,
+            reporter=terminal,
+        )
     finally:
         terminal.close()
     print(loss_table(found))
@@ -291,8 +304,10 @@ def export_verb(
     target = Path(out) if out else Path(name.rpartition("/")[2].removesuffix(".pt") + SUFFIXES[to])
     checkpoint = require_language_model(load_pretrained(run), run)
     done = export_model(checkpoint, to, target, precision=precision, overwrite=overwrite)
-    print(f"{done.path}: {done.n_bytes / 1e6:,.1f} MB · largest difference in logits "
-          f"{done.difference:.2g}" + (f" · {done.note}" if done.note else ""))  # fmt: skip
+    print(
+        f"{done.path}: {done.n_bytes / 1e6:,.1f} MB · largest difference in logits "
+        f"{done.difference:.2g}" + (f" · {done.note}" if done.note else "")
+    )
 
 
 def bench_verb(
@@ -347,8 +362,12 @@ def bench_verb(
     """
     from glassgpt.reporting.terminal import Terminal
 
-    decode = dict(engines=engine or (), weights=weights or (), prompt_tokens=prompt_tokens,
-                  new_tokens=new_tokens)  # fmt: skip
+    decode = dict(
+        engines=engine or (),
+        weights=weights or (),
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+    )
     terminal = Terminal()
     try:
         print(_measure(what, run, preset, seconds, dict(options), decode, terminal))
@@ -356,8 +375,9 @@ def bench_verb(
         terminal.close()
 
 
-def _measure(what: str, run: Any, preset: Any, seconds: float, options: Any, decode: Any,
-             reporter: Reporter) -> str:  # fmt: skip
+def _measure(
+    what: str, run: Any, preset: Any, seconds: float, options: Any, decode: Any, reporter: Reporter
+) -> str:
     from glassgpt.errors import UserError
 
     if what == "train":

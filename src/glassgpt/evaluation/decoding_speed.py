@@ -1,11 +1,10 @@
-"""How fast does this model decode here, and how near is that to what the memory allows?
+"""How fast a model decodes on this machine, and what share of the memory's speed that uses.
 
     for speed in bench_decode(load_pretrained("runs/book")): print(speed)
 
-One token at batch 1 needs every weight once, so bytes per token times tokens per second can't be
-more than the memory gives, unless the model fits in the caches. This room asks an `Engine` for
-logits; what is inside an engine is not its business. Ratios against other programs are measured
-by benchmarks/decode_cpu.py.
+One token at batch 1 needs every weight once, so bytes per token times tokens per second can't
+exceed the speed of the memory, unless the model fits in the caches. This module asks an `Engine`
+for logits and does not know what is inside. benchmarks/decode_cpu.py compares other programs.
 """
 
 from __future__ import annotations
@@ -28,10 +27,10 @@ from glassgpt.inference.engines.choose import build_engine
 from glassgpt.reporting.terminal import aligned
 from glassgpt.system import SILENT, Reporter, usable_cores
 
-ROWS = (1, 8)  # texts that grow side by side
-_REPEATS = 3  # of a prefill; the median counts
-_LONGEST = 20.0  # seconds of decoding; a slow engine is judged by fewer tokens
-_BANDWIDTH_BYTES = 1 << 29  # far more than any cache
+ROWS = (1, 8)  # texts written side by side
+_REPEATS = 3  # measurements of reading a prompt, of which the median counts
+_LONGEST = 20.0  # seconds of decoding: a slow engine is measured with fewer tokens
+_BANDWIDTH_BYTES = 1 << 29  # far larger than any cache
 
 
 @dataclass(frozen=True)
@@ -92,8 +91,14 @@ def bench_decode(
             device = "auto" if name == "gpu" else "cpu"
             reporter.status(f"{name} {precision}: preparing")
             try:
-                engine = build_engine(checkpoint, device=device, engine=name, weights=precision,
-                                      threads=threads, reporter=reporter)  # fmt: skip
+                engine = build_engine(
+                    checkpoint,
+                    device=device,
+                    engine=name,
+                    weights=precision,
+                    threads=threads,
+                    reporter=reporter,
+                )
             except UserError as error:
                 if engines and weights:
                     raise
@@ -118,8 +123,9 @@ def describe_decode(run: str, *, threads: int | None, reporter: Reporter, **how:
 
 
 def _check(prompt_tokens: Sequence[int], new_tokens: int, threads: int | None) -> None:
-    for name, value in [("prompt_tokens", min(prompt_tokens, default=0)),
-                        ("new_tokens", new_tokens), ("threads", threads)]:  # fmt: skip
+    shortest = min(prompt_tokens, default=0)
+    given = ("prompt_tokens", shortest), ("new_tokens", new_tokens), ("threads", threads)
+    for name, value in given:
         if value is not None and value < 1:
             raise UserError(f"{name}={value} must be at least 1")
 
@@ -178,12 +184,12 @@ def _random_prompts(engine: Engine, n_rows: int, n_tokens: int) -> np.ndarray:
 def speed_table(speeds: Sequence[DecodeSpeed], bandwidth: float) -> str:
     """One line for each engine and precision."""
     prompts = list(speeds[0].prefill)
-    rows = [["tokens/s", *(f"prompt of {n}" for n in prompts), *(f"batch {n}" for n in ROWS),
-             "MB/token", "of memory speed"]]  # fmt: skip
+    measured = [*(f"prompt of {n}" for n in prompts), *(f"batch {n}" for n in ROWS)]
+    rows = [["tokens/s", *measured, "MB/token", "of memory speed"]]
     for speed in speeds:
         share = speed.share(bandwidth)
         rates = [*speed.prefill.values(), *speed.decode.values()]
-        rows.append([speed.engine, *(f"{rate:,.0f}" if rate >= 100 else f"{rate:.1f}"
-                                     for rate in rates), f"{speed.bytes_per_token / 1e6:,.1f}",
-                     "" if share is None else f"{share:.0%}"])  # fmt: skip
+        shown = [f"{rate:,.0f}" if rate >= 100 else f"{rate:.1f}" for rate in rates]
+        size = f"{speed.bytes_per_token / 1e6:,.1f}"
+        rows.append([speed.engine, *shown, size, "" if share is None else f"{share:.0%}"])
     return aligned(rows)

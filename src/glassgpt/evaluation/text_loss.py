@@ -2,8 +2,8 @@
 
     found = text_loss(engine, tokenizer, text); print(found.loss, found.bits_per_byte)
 
-Every token of the text but the first is predicted once. This room asks an `Engine` for logits; it
-knows no model, no torch and no files of weights.
+Every token of the text but the first is predicted once. This module asks an `Engine` for logits; it
+knows neither models nor torch.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class TextLoss:
 
     loss: float  # nats per token, mean over the predicted tokens
     n_tokens: int  # predicted
-    n_bytes: int  # that these tokens stand for, in UTF-8
+    n_bytes: int  # of the text that these tokens stand for, in UTF-8
 
     @property
     def perplexity(self) -> float:
@@ -82,8 +82,10 @@ def text_loss(
         raise UserError(f"max_tokens={max_tokens} must be at least 2: the first is not predicted")
     tokens = np.array(tokenizer.encode(text, special=True)[:max_tokens], dtype=np.int64)
     if len(tokens) < 2:
-        raise UserError(f"the text has {len(tokens)} of the two tokens that a loss takes at least: "
-                        "the first is not predicted")  # fmt: skip
+        raise UserError(
+            f"the text has {len(tokens)} of the two tokens that a loss takes at least: "
+            "the first is not predicted"
+        )
     total, done, targets = 0.0, 0, tokens[1:]
     engine.open(1)
     for start, counts_from, end in windows(len(targets), engine.config.context_length):
@@ -92,13 +94,12 @@ def text_loss(
             engine.read([0], [tokens[i:stop]])
         for i, stop in _blocks(counts_from, end):
             logits = engine.read([0], [tokens[i:stop]], every=True)  # (T, V)
-            total += float(token_losses(logits, targets[i:stop]).sum())
+            total += float(cross_entropies(logits, targets[i:stop]).sum())
             done += stop - i
             if not math.isfinite(total):
                 raise UserError("the model's logits are not numbers (NaN): its weights are broken")
-            if reporter:
-                reporter.status(f"{engine.name}: {done:,} of {len(targets):,} tokens, "
-                                f"loss {total / done:.4f}")  # fmt: skip
+            progress = f"{done:,} of {len(targets):,} tokens, loss {total / done:.4f}"
+            reporter.status(f"{engine.name}: {progress}")
     ids, counts = np.unique(targets, return_counts=True)
     lengths = [len(tokenizer.token_bytes(int(token))) for token in ids]
     return TextLoss(total / len(targets), len(targets), int(counts @ lengths))
@@ -119,7 +120,7 @@ def windows(n_targets: int, context_length: int) -> Iterator[tuple[int, int, int
 
 
 @np.errstate(over="ignore", invalid="ignore")  # `text_loss` says in words what is wrong
-def token_losses(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
+def cross_entropies(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
     """Cross-entropy of each row: (T, V) float32, (T,) -> (T,) float64, in nats."""
     largest = logits.max(axis=1, keepdims=True)
     shifted = logits - largest  # (T, V)
@@ -148,8 +149,14 @@ def compare_weights(
     """The same text under the same model, its weights held with each precision in turn."""
     found = {}
     for precision in weights:
-        built = build_engine(checkpoint, device=device, engine=engine, weights=precision,
-                             threads=threads, reporter=reporter)  # fmt: skip
+        built = build_engine(
+            checkpoint,
+            device=device,
+            engine=engine,
+            weights=precision,
+            threads=threads,
+            reporter=reporter,
+        )
         found[precision] = text_loss(
             built, checkpoint.tokenizer, text, max_tokens=max_tokens, reporter=reporter
         )
@@ -164,8 +171,8 @@ def loss_table(found: dict[WeightPrecision, TextLoss]) -> str:
     header = ["weights", "loss", "perplexity", "bits per byte", "tokens"]
     rows = [header + ["loss against float32"] * compared]
     for precision, it in found.items():
-        row = [precision, f"{it.loss:.4f}", f"{it.perplexity:,.3f}", f"{it.bits_per_byte:.4f}",
-               f"{it.n_tokens:,}"]  # fmt: skip
+        row = [precision, f"{it.loss:.4f}", f"{it.perplexity:,.3f}"]
+        row += [f"{it.bits_per_byte:.4f}", f"{it.n_tokens:,}"]
         if exact is not None and compared:
             row.append(f"{it.loss / exact.loss - 1:+.3%}" if it is not exact else "")
         rows.append(row)

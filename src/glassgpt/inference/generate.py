@@ -61,8 +61,7 @@ def keep_top_p(logits: np.ndarray, p: float) -> np.ndarray:
     """Keep the fewest tokens whose probabilities add up to p (nucleus: arXiv:1904.09751)."""
     if p >= 1:
         return logits
-    left = np.flatnonzero(logits > -np.inf)  # few after top-k
-    values = logits[left]
+    values = logits[left := np.flatnonzero(logits > -np.inf)]  # few after top-k
     chance = probabilities(values)
     # Sorting GPT-2's vocabulary would take 5 ms. Instead, tokens are grouped by how far they are
     # below the likeliest one, in steps of 1/16, and only the group in which p is reached is sorted.

@@ -1,8 +1,9 @@
-"""Which engine for this model on this machine?
+"""Chooses and builds the engine for a model on this machine.
 
-`build_engine(load_pretrained("runs/book"), weights="int8")` gives one. On a CPU, compiled kernels
-or NumPy alone: what a short measurement finds faster, which is remembered; with an NVIDIA card,
-the card. torch is imported only for the engines that need it.
+    engine = build_engine(load_pretrained("runs/book"), weights="int8")
+
+On a CPU that is compiled kernels or NumPy, whichever a short measurement finds faster (the result
+is kept); with an NVIDIA card, the card. torch is imported only for the engines that need it.
 """
 
 from __future__ import annotations
@@ -72,8 +73,9 @@ def build_engine(
         raise _too_large(checkpoint.config) from error
     except ImportError as error:
         if engine != "auto":
-            raise UserError(f"engine=numba needs the package numba ({error}): "
-                            "pip install 'glassgpt[fast]'") from error  # fmt: skip
+            raise UserError(
+                f"engine=numba needs the package numba ({error}): pip install 'glassgpt[fast]'"
+            ) from error
         _hint(reporter, error)
     try:
         return NumpyEngine(checkpoint.config, checkpoint.weights, weights)
@@ -82,11 +84,15 @@ def build_engine(
 
 
 def check_choice(device: str, engine: str, weights: str, threads: Any) -> int | None:
-    """The number of threads, an int. Raises `UserError` for words that are no choice and
-    impossible numbers of threads."""
-    given = {"device": (device, DEVICES), "engine": (engine, get_args(EngineName)),
-             "weights": (weights, get_args(WeightPrecision))}  # fmt: skip
-    for name, (value, choices) in given.items():
+    """The number of threads as an int. Raises `UserError` for unknown names and for impossible
+    numbers of threads."""
+    engines, precisions = get_args(EngineName), get_args(WeightPrecision)
+    given = (
+        ("device", device, DEVICES),
+        ("engine", engine, engines),
+        ("weights", weights, precisions),
+    )
+    for name, value, choices in given:
         if value not in choices:
             raise UserError(f"{name}={value!r}: choose from {', '.join(choices)}")
     if threads is None:
@@ -102,8 +108,10 @@ def check_choice(device: str, engine: str, weights: str, threads: Any) -> int | 
 
 def _check_pair(engine: str, device: str, weights: WeightPrecision) -> None:
     if weights not in PRECISIONS[engine]:
-        raise UserError(f"weights={weights} can't be had with engine={engine}; choose from "
-                        f"{', '.join(PRECISIONS[engine])}")  # fmt: skip
+        choices = ", ".join(PRECISIONS[engine])
+        raise UserError(
+            f"weights={weights} can't be had with engine={engine}; choose from {choices}"
+        )
     if engine == "gpu" and device == "cpu":
         what = "weights=bfloat16" if weights == "bfloat16" else "engine=gpu"
         raise UserError(f"{what} needs a GPU, not device=cpu")
@@ -118,7 +126,7 @@ def _engine_for(
     threads: int | None,
     reporter: Reporter,
 ) -> EngineName:
-    """Raises ImportError where there is nothing but NumPy."""
+    """The engine that "auto" means. Raises ImportError if there is nothing but NumPy."""
     if weights == "bfloat16" or device in ("cuda", "mps"):
         return "gpu"
     large = config.n_parameters > _WORTH_A_GPU
@@ -134,7 +142,7 @@ _hinted = False
 
 
 def _hint(reporter: Reporter, error: ImportError) -> None:
-    """Once in a process: how generation gets faster."""
+    """Say, once in a process, how generation gets faster."""
     global _hinted
     if reporter is not SILENT and not _hinted:
         _hinted = True
@@ -144,8 +152,8 @@ def _hint(reporter: Reporter, error: ImportError) -> None:
 
 def _has_nvidia_card() -> bool:
     """Without torch, whose import would take longer than a short text; then torch has to agree."""
-    if not (any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/dxg").exists()
-            or sys.platform == "win32"):  # fmt: skip
+    driver = any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/dxg").exists()
+    if not driver and sys.platform != "win32":
         return False
     import torch
 
@@ -196,15 +204,15 @@ def torch_model(checkpoint: Checkpoint, device: str) -> GPT:
 
 
 def _too_large(config: ModelConfig) -> UserError:
-    return UserError(f"the model ({config.n_parameters:,} parameters, context "
-                     f"{config.context_length:,}) does not fit in memory")  # fmt: skip
+    size = f"{config.n_parameters:,} parameters, context {config.context_length:,}"
+    return UserError(f"the model ({size}) does not fit in memory")
 
 
 # -- measured once -------------------------------------------------------------------------------
 
 
 def faster_engine(config: ModelConfig, reporter: Reporter = SILENT) -> EngineName:
-    """numba or numpy for this shape of model in float32: measured the first time, then known."""
+    """numba or numpy, whichever is faster for this shape of model; measured once, then kept."""
     shape = json.dumps([asdict(replace(config, context_length=1024)), usable_cores()])
     record = kernel_folder() / f"choice-{sha256(shape.encode()).hexdigest()[:16]}.json"
     try:
@@ -229,7 +237,7 @@ def faster_engine(config: ModelConfig, reporter: Reporter = SILENT) -> EngineNam
 
 
 def measure(config: ModelConfig, reporter: Reporter = SILENT) -> dict[str, float]:
-    """Tokens per second of both CPU engines, of a stand-in with all of the width and few layers."""
+    """Tokens per second of both CPU engines, with a stand-in of the same width and few layers."""
     config = replace(config, n_layer=min(_MEASURED_LAYERS, config.n_layer), context_length=64)
     weights = {name: np.full(s, 0.01, np.float32) for name, s in config.weight_shapes.items()}
     rates = {}

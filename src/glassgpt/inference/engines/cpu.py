@@ -259,8 +259,13 @@ class NumbaEngine:
         for start in range(0, len(flat), _BLOCK):
             block = slice(start, start + _BLOCK)
             mine = wanted[(wanted >= start) & (wanted < start + _BLOCK)] - start
-            self._run(flat[block], owners[block], places[block], mine,
-                      self._logits[done : done + len(mine)])  # fmt: skip
+            self._run(
+                flat[block],
+                owners[block],
+                places[block],
+                mine,
+                self._logits[done : done + len(mine)],
+            )
             done += len(mine)
         for row, end in zip(rows, ends.tolist(), strict=True):
             self.lengths[row] = end
@@ -281,8 +286,17 @@ class NumbaEngine:
         team = self._team.of_this_process()
         with team.lock:
             work = team.work._replace(scores=self._scores, logits=logits)
-            team.run(self.model, work, self.cache, tokens, rows, positions, wanted,
-                     self.precision != "float32", alone=alone)  # fmt: skip
+            team.run(
+                self.model,
+                work,
+                self.cache,
+                tokens,
+                rows,
+                positions,
+                wanted,
+                self.precision != "float32",
+                alone=alone,
+            )
 
     def _compile(self, reporter: Reporter) -> None:
         """A first token, in this thread alone: compiles, or reads what was compiled before."""
@@ -335,10 +349,18 @@ def _arrange(
 
 def _shape(kernels: ModuleType, config: ModelConfig):
     return kernels.Shape(
-        config.n_layer, config.n_head, config.n_kv_head, config.head_dim, config.n_embd,
-        config.n_hidden, kernels.ACTIVATIONS[config.activation], config.norm == "layernorm",
-        config.position == "rope", config.qk_norm, config.norm_eps,
-    )  # fmt: skip
+        config.n_layer,
+        config.n_head,
+        config.n_kv_head,
+        config.head_dim,
+        config.n_embd,
+        config.n_hidden,
+        kernels.ACTIVATIONS[config.activation],
+        config.norm == "layernorm",
+        config.position == "rope",
+        config.qk_norm,
+        config.norm_eps,
+    )
 
 
 def _float32(array: np.ndarray) -> np.ndarray:
@@ -367,9 +389,12 @@ def _qk_norms(config: ModelConfig, weights: Weights) -> np.ndarray:
 
 
 def _matrix(
-    kernels: ModuleType, config: ModelConfig, weights: Weights, layers: list[list[str]],
+    kernels: ModuleType,
+    config: ModelConfig,
+    weights: Weights,
+    layers: list[list[str]],
     precision: WeightPrecision,
-):  # fmt: skip
+):
     """One matrix of each layer, made of those that `layers` names, one below the other."""
     shapes = [config.weight_shapes[f"{name}.weight"] for name in (layers or [[]])[0]]
     m, n = sum(shape[0] for shape in shapes), shapes[0][1] if shapes else 1

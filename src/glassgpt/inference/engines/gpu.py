@@ -119,8 +119,11 @@ class GpuEngine:
                 if self._must_compile or is_out_of_memory(error):
                     raise
                 reason = (str(error).strip() or repr(error)).splitlines()[0][:100]
-                warnings.warn(f"torch.compile does not work here ({reason}); decoding goes on "
-                              "without it, more slowly", stacklevel=2)  # fmt: skip
+                warnings.warn(
+                    f"torch.compile does not work here ({reason}); decoding goes on "
+                    "without it, more slowly",
+                    stacklevel=2,
+                )
                 self.compiled = False
         return _next_logits(*arguments)
 
@@ -153,8 +156,15 @@ class GpuEngine:
             batch[1:, i, : len(piece)] = np.arange(start, start + len(piece))
         tokens, positions, places = self._send(batch)  # (B, T) each
         visible, where = int(batch[1].max()) + 1, self._send(rows)
-        cache = RowCache(self.keys, self.values, positions, places,
-                         visible=visible, rows=where, fresh=not any(starts))  # fmt: skip
+        cache = RowCache(
+            self.keys,
+            self.values,
+            positions,
+            places,
+            visible=visible,
+            rows=where,
+            fresh=not any(starts),
+        )
         hidden = self.model.hidden(tokens, cache).flatten(0, 1)  # (B * T, C)
         index = [i * T + t for i, some in enumerate(wanted) for t in some]
         return _to_host(self.model.head(hidden[self._send(index)]))

@@ -209,7 +209,7 @@ def attend(q, keys, values, S, scale, scores, y):
 
 
 @fast
-def embed(model, work, tokens, positions, n):
+def embed_tokens(model, work, tokens, positions, n):
     """The row of the table for token n, and of its position, into the residual stream."""
     shape, x = model.shape, work.x[n]
     if len(model.tokens):
@@ -303,7 +303,7 @@ def forward(me, threads, sync, model, work, cache, tokens, rows, positions, want
     heads = shape.n_head * shape.head_dim
     meeting, counter = 0, 8
     for n in range(me, N, threads):
-        embed(model, work, tokens, positions, n)
+        embed_tokens(model, work, tokens, positions, n)
     meeting = wait(sync, meeting, threads)
     for layer in range(shape.n_layer):
         for n in range(me, N, threads):
@@ -336,9 +336,13 @@ def forward(me, threads, sync, model, work, cache, tokens, rows, positions, want
     for i in range(me, len(wanted), threads):
         # Token i of `a` is wanted[i] of x; `a` is free, all products are done.
         normalize(
-            work.a[i], work.x[wanted[i]], model.final_norm[0, 0], model.final_norm[0, 1],
-            shape.centred, shape.norm_eps,
-        )  # fmt: skip
+            work.a[i],
+            work.x[wanted[i]],
+            model.final_norm[0, 0],
+            model.final_norm[0, 1],
+            shape.centred,
+            shape.norm_eps,
+        )
         if quantized:
             to_whole_numbers(work.whole[i], work.unit[i], work.a[i], shape.n_embd)
     wait(sync, meeting, threads)

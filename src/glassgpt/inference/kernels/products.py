@@ -109,9 +109,9 @@ def _product_int8(y, work, numbers, scales, bias, layer, first, last, N, add):
                     for j in range(span, min(span + SPAN, n), 4):  # a cache line
                         at = start + j * PANEL
                         simd.prefetch(panels, at + _AHEAD)
-                        k = simd.dot_pairs(k, simd.load_int8(panels, at), simd.pair(x, j))
+                        k = simd.dot_pairs(k, simd.load_int8(panels, at), simd.load_pair(x, j))
                         at += 2 * PANEL
-                        k = simd.dot_pairs(k, simd.load_int8(panels, at), simd.pair(x, j + 2))
+                        k = simd.dot_pairs(k, simd.load_int8(panels, at), simd.load_pair(x, j + 2))
                     total = simd.add_scaled(total, k, work.unit[t, span // SPAN])
                 _keep(y, t, panel, total, scale, bias, add)
 
@@ -133,8 +133,8 @@ def _two_by_four(y, work, panels, scale, bias, row, n, t, quads, add):
             v, w = simd.load_int8(panels, at), simd.load_int8(panels, at + PANEL * n)
             simd.prefetch(panels, soon)
             soon += step
-            p0, p1 = simd.pair(x0, j), simd.pair(x1, j)
-            p2, p3 = simd.pair(x2, j), simd.pair(x3, j)
+            p0, p1 = simd.load_pair(x0, j), simd.load_pair(x1, j)
+            p2, p3 = simd.load_pair(x2, j), simd.load_pair(x3, j)
             k0, m0 = simd.dot_pairs(k0, v, p0), simd.dot_pairs(m0, w, p0)
             k1, m1 = simd.dot_pairs(k1, v, p1), simd.dot_pairs(m1, w, p1)
             k2, m2 = simd.dot_pairs(k2, v, p2), simd.dot_pairs(m2, w, p2)
@@ -168,10 +168,10 @@ def _product_int4(y, work, numbers, scales, bias, layer, first, last, N, add):
                 for c in range(j, j + GROUP, 8):
                     words = simd.load_shorts(panels, start + c // 4 * PANEL)
                     simd.prefetch(panels, start + c // 4 * PANEL + _AHEAD // 2)
-                    k = simd.dot_pairs(k, simd.nibble(words, 0), simd.pair(x, c))
-                    k = simd.dot_pairs(k, simd.nibble(words, 1), simd.pair(x, c + 2))
-                    k = simd.dot_pairs(k, simd.nibble(words, 2), simd.pair(x, c + 4))
-                    k = simd.dot_pairs(k, simd.nibble(words, 3), simd.pair(x, c + 6))
+                    k = simd.dot_pairs(k, simd.nibble(words, 0), simd.load_pair(x, c))
+                    k = simd.dot_pairs(k, simd.nibble(words, 1), simd.load_pair(x, c + 2))
+                    k = simd.dot_pairs(k, simd.nibble(words, 2), simd.load_pair(x, c + 4))
+                    k = simd.dot_pairs(k, simd.nibble(words, 3), simd.load_pair(x, c + 6))
                 simd.prefetch(scale, groups + j // GROUP * PANEL + _AHEAD // 8)
                 s = simd.load_floats(scale, groups + j // GROUP * PANEL)
                 s = simd.multiply_add(simd.no_floats(), s, work.unit[t, j // SPAN])

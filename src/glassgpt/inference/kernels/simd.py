@@ -1,11 +1,15 @@
 """Vectors and atomic counters for the kernels: what plain Numba loops can't say.
 
-    total = dot_pairs(total, load_int8(weights, i), pair(x, k))
+    total = dot_pairs(total, load_int8(weights, i), load_pair(x, k))
 
 LLVM turns most loops into vector instructions by itself; not so the product of small integers,
 two pairs in each 32-bit lane, that every processor has, nor a prefetch, nor an addition that two
 threads may do at once. Each function here is one of these. Vectors have 16 lanes, or 32 of
-16-bit numbers; LLVM splits them where registers are shorter. This room knows nothing of models.
+16-bit numbers; LLVM splits them where registers are shorter.
+
+This module is built on parts of Numba that are not its public interface (`numba.core`). They change
+with Numba's versions, so pyproject.toml names the versions that the tests have passed with: before
+widening that range, run tests/unit/test_cpu_engine.py. This module knows nothing of models.
 """
 
 # Numba gives each intrinsic a first argument that callers do not write.
@@ -108,7 +112,7 @@ def load_int8(typing, array, index):  # int8 -> 32 shorts
 
 
 @intrinsic
-def pair(typing, array, index):  # int16 -> two neighbours, as one 32-bit number
+def load_pair(typing, array, index):  # int16 -> two neighbours, as one 32-bit number
     return types.int32(array, types.intp), _load(_I32, 2)
 
 
