@@ -16,7 +16,7 @@ from chat_templates import TEMPLATES, TOKENS
 from conftest import tiny_config, tiny_model, weights_of
 from glassgpt.api import LoadedModel
 from glassgpt.checkpoints.run_directory import Checkpoint
-from glassgpt.cli.chat_session import Said, ChatSession, read_message, read_messages, talk
+from glassgpt.cli.chat_session import ChatSession, Said, read_message, read_messages, talk
 from glassgpt.config import ModelConfig, Sampling
 from glassgpt.errors import UserError
 from glassgpt.system import SILENT

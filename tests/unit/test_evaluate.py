@@ -17,10 +17,10 @@ from glassgpt.errors import UserError
 from glassgpt.evaluation import text_loss as evaluate
 from glassgpt.evaluation.text_loss import (
     TextLoss,
+    cross_entropies,
     loss_table,
     read_text,
     text_loss,
-    cross_entropies,
     windows,
 )
 from glassgpt.inference.engines.reference import ReferenceEngine
