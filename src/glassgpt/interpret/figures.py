@@ -294,9 +294,9 @@ def draw_grid(
         axes.text(
             j,
             i,
-            readable(cells[i][j], target),
+            readable(cells[i][j], target),  # type: ignore
             ha="center",
-            va="center",  # type: ignore
+            va="center",
             fontsize=8,
             color="white" if dark else "black",
             parse_math=False,
