@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -72,8 +74,16 @@ def test_the_commands_and_the_python_example_run(tmp_path, monkeypatch, capsys) 
     assert re.search(r"^(good|bad) +0\.\d+$", shown, flags=re.MULTILINE)
     assert (tmp_path / "lens.png").exists()
     [code] = [block for language, block in blocks_of(README) if language == "python"]
-    exec("import torch; tokens = torch.zeros(1, 3, dtype=torch.long)\n" + code)
+    exec(code)
     assert capsys.readouterr().out.strip()
+
+
+def test_the_python_example_type_checks(tmp_path: Path) -> None:
+    [code] = [block for language, block in blocks_of(README) if language == "python"]
+    (tmp_path / "example.py").write_text(code)
+    command = [sys.executable, "-m", "pyright", "--pythonpath", sys.executable, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
 
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda page: page.name)
