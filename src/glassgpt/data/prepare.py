@@ -146,7 +146,7 @@ def prepare(
     return run.report
 
 
-def data_key(stamps: list[dict[str, Any]], config: DataConfig) -> str:
+def data_key(stamps: Sequence[sources.Stamp], config: DataConfig) -> str:
     """Identifies the result: the content of the sources and everything that shapes the tokens."""
     content = [[stamp["sha256"], sources.kind_by_name(stamp["name"])] for stamp in stamps]
     path = tokenizer_path(config.tokenizer)

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Generic, NamedTuple, TypedDict, TypeVar
 
 from glassgpt.data.archives import (
     ARCHIVES,
@@ -30,7 +30,6 @@ from glassgpt.data.archives import (
     is_hidden,
     packed_kind,
 )
-from glassgpt.data.corpora import CORPORA, RemoteFile, fetch_corpus, open_remote, unreachable
 from glassgpt.data.dataset import has_tokens, is_prepared
 from glassgpt.data.texts import (
     RECORDS,
@@ -42,6 +41,11 @@ from glassgpt.data.texts import (
 )
 from glassgpt.errors import UserError, explain_os_errors, nearest
 from glassgpt.system import SILENT, Reporter, sha256_of
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
+
+    from glassgpt.data.corpora import RemoteFile
 
 _BUFFER = 1 << 17  # bytes read from disk at least
 _REMOTE_BUFFER = 4 << 20  # bytes fetched by a request at least
@@ -88,6 +92,8 @@ def resolve(names: Sequence[str], *, reporter: Reporter = SILENT) -> list[Source
 
 
 def _expand(name: str, reporter: Reporter) -> list[Source]:
+    from glassgpt.data.corpora import CORPORA, fetch_corpus
+
     path = Path(name).expanduser()
     with explain_os_errors(f"read {name}"):
         if name and path.is_dir():
@@ -165,15 +171,23 @@ def total_bytes(sources: Iterable[Source]) -> int:
 
 
 def _size(source: Source) -> int:
-    if isinstance(source.file, RemoteFile):
+    if not isinstance(source.file, Path):
         return source.file.size
     with explain_os_errors(f"read {source.name}"):
         return source.file.stat().st_size
 
 
-def stamp_of(source: Source) -> dict[str, Any]:
-    """{"name", "bytes", "sha256"} of a source; of a streamed one, the SHA-256 it is pinned to."""
-    if isinstance(source.file, RemoteFile):
+class Stamp(TypedDict):
+    """What identifies a source, as meta.json keeps it."""
+
+    name: str
+    bytes: int
+    sha256: str
+
+
+def stamp_of(source: Source) -> Stamp:
+    """The stamp of a source; a streamed one has the SHA-256 that it is pinned to."""
+    if not isinstance(source.file, Path):
         sha256 = source.file.sha256
     else:
         with explain_os_errors(f"read {source.name}"):
@@ -265,7 +279,12 @@ class _Metered(io.RawIOBase):
 
     def __init__(self, source: Source, on_bytes: Callable[[int], None] | None) -> None:
         self._file = file = source.file
-        self._raw = open_remote(file) if isinstance(file, RemoteFile) else io.FileIO(file)
+        if isinstance(file, Path):
+            self._raw = io.FileIO(file)
+        else:
+            from glassgpt.data.corpora import open_remote
+
+            self._raw = open_remote(file)
         self._left, self._on_bytes = _size(source), on_bytes
 
     def _count(self, n: int) -> None:
@@ -289,13 +308,15 @@ class _Metered(io.RawIOBase):
     def tell(self) -> int:
         return self._raw.tell()
 
-    def readinto(self, buffer: Any) -> int:
+    def readinto(self, buffer: WriteableBuffer) -> int:
         try:
             n = self._raw.readinto(buffer) or 0
         except Exception as error:
-            if isinstance(self._file, RemoteFile):
-                raise unreachable(self._file, error) from error
-            raise
+            if isinstance(self._file, Path):
+                raise
+            from glassgpt.data.corpora import unreachable
+
+            raise unreachable(self._file, error) from error
         self._count(n)
         return n
 
