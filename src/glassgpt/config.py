@@ -42,14 +42,10 @@ DEVICES = ("auto", "cpu", "cuda", "mps")
 _MOST_SAMPLES = 100_000
 
 _SHAPES: dict[str, dict[str, Any]] = {
-    "gpt2": dict(
-        norm="layernorm", position="learned", activation="gelu_tanh", qk_norm=False, bias=True,
-        norm_eps=1e-5,
-    ),
-    "modern": dict(
-        norm="rmsnorm", position="rope", activation="swiglu", qk_norm=True, bias=False,
-        norm_eps=1e-6,
-    ),
+    "gpt2": dict(norm="layernorm", position="learned", activation="gelu_tanh", qk_norm=False,
+                 bias=True, norm_eps=1e-5),
+    "modern": dict(norm="rmsnorm", position="rope", activation="swiglu", qk_norm=True,
+                   bias=False, norm_eps=1e-6),
 }  # fmt: skip
 # A size that a laptop trains in minutes; anything larger is asked for by name or preset.
 _SIZE = dict(context_length=128, n_layer=4, n_head=4, n_embd=128)

@@ -1,10 +1,11 @@
-"""The measures of the house: few rooms, few levels, small files and functions, a short route."""
+"""The measures of the house: few rooms, small files, one name for one thing, a short route."""
 
 from __future__ import annotations
 
 import ast
 import re
 import tomllib
+from collections import defaultdict
 from functools import cache
 from pathlib import Path
 
@@ -17,6 +18,9 @@ PACKAGE = SOURCE / "glassgpt"
 MOST_ROOMS, MOST_FILES_AT_THE_TOP, MOST_LEVELS = 12, 11, 10
 MOST_LINES_OF_A_FILE, MOST_LINES_OF_A_FUNCTION = 500, 60
 MOST_LINES_OF_THE_ROUTE = 1500
+# One function in several forms: torch, NumPy, compiled, by hand.
+SHARED_NAMES = {"attention", "rotate", "forward", "linear", "Cache"}
+ENTRY_POINT = "main"  # of a command
 
 FILES = sorted(PACKAGE.rglob("*.py"))
 
@@ -87,3 +91,19 @@ def test_the_readers_route_is_short() -> None:
 
 def test_every_module_says_what_it_is_for() -> None:
     assert [name for name, file in MODULES.items() if not ast.get_docstring(tree_of(file))] == []
+
+
+# -- one name, one thing -------------------------------------------------------------------------
+
+
+def test_no_public_name_means_two_things() -> None:
+    homes: dict[str, list[str]] = defaultdict(list)
+    for module, file in MODULES.items():
+        for node in tree_of(file).body:
+            named = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+            if named and not node.name.startswith("_"):
+                homes[node.name].append(module)
+    homes = {name: found for name, found in homes.items() if len(found) > 1}
+    # glassgpt.train, finetune and prepare only call the room's function of the same name.
+    doors = {name for name, found in homes.items() if "glassgpt" in found and len(found) == 2}
+    assert {name: homes[name] for name in homes.keys() - doors - SHARED_NAMES - {ENTRY_POINT}} == {}

@@ -52,7 +52,7 @@ def _narrow(array, x):
 
 
 @_kernel
-def embed_tokens(tokens, table, x):
+def gather_embeddings(tokens, table, x):
     """Rows of `table` (V, C) for `tokens` (N,) -> x (N, C)"""
     for n in range(len(tokens)):
         for c in range(x.shape[1]):
@@ -60,7 +60,7 @@ def embed_tokens(tokens, table, x):
 
 
 @_kernel
-def embed_tokens_backward(tokens, dx, dtable):
+def gather_embeddings_backward(tokens, dx, dtable):
     for n in range(len(tokens)):
         for c in range(dx.shape[1]):
             dtable[tokens[n], c] += dx[n, c]

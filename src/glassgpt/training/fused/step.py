@@ -165,7 +165,7 @@ class FusedStep:
 
     def _forward(self, space: Workspace, tokens: np.ndarray) -> None:
         """tokens (N,) -> space.normed (N, C), what the head reads."""
-        self.k.embed_tokens(tokens, _array(self.model.token_embedding.weight), space.dx.array)
+        self.k.gather_embeddings(tokens, _array(self.model.token_embedding.weight), space.dx.array)
         self._drop(space.dx, place=-1)
         x, branch = space.dx, space.zeros
         for layer in range(self.config.n_layer):
@@ -230,7 +230,7 @@ class FusedStep:
             self._block_backward(layer, space)
         self._drop(space.dx, place=-1)
         table = _gradient(self.model.token_embedding.weight)
-        self.k.embed_tokens_backward(tokens, space.dx.array, table)
+        self.k.gather_embeddings_backward(tokens, space.dx.array, table)
 
     def _block_backward(self, layer: int, space: Workspace) -> None:
         """space.dx and, rounded, space.branch: gradient behind the block -> before it."""
