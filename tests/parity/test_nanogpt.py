@@ -399,7 +399,7 @@ NESTED = b")" + b"q\x01h\x01\x86" * 60  # 2^60 empty tuples
         (NESTED + b".", "nested too deeply"),
         (b"}" + NESTED + b"Ns.", "nested too deeply"),  # as a key
         (b"]" + b"]a" * 200_000 + b".", "no checkpoint"),
-        (b"(" * 200_000 + b"t" * 200_000 + b".", "no checkpoint"),  # nested 200,000 deep
+        (b"(" * 200_000 + b"t" * 200_000 + b".", "too deeply"),  # nested 200,000 deep
         (b"N0" * (3 << 20) + b".", "too many"),
         (b".", "damaged"),
         (b"", "damaged"),

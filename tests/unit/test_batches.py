@@ -370,12 +370,13 @@ def test_a_pickle_that_names_code_is_refused(tmp_path: Path, payload: type, prot
         pickle.dumps({"vocab_size": 2**70, "itos": {0: "a"}}),
         b"\x80\x02})\x85K\x01s.",  # a tuple as key: nested, its hash would never end
         b"\x80\x02}(]K\x01u.",  # a list as key
+        b"\x80\x02})" + b"\x85" * 1_000_000 + b"Ns.",  # its hash would overflow the stack
         pickle.dumps({"vocab_size": 2, "itos": {0: 7, 1: 8}}),  # no characters
         pickle.dumps({"vocab_size": 2, "itos": {0: "ab", 1: "c"}}),
         pickle.dumps({"vocab_size": 2, "itos": {0: "a", 1: "a"}}),
         pickle.dumps(OrderedDict()),
     ],
-    ids=range(21),
+    ids=range(22),
 )
 def test_damaged_meta_pkl_is_refused(tmp_path: Path, content: bytes) -> None:
     with pytest.raises(UserError, match=r"meta\.pkl"):

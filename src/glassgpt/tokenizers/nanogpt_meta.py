@@ -17,7 +17,7 @@ from glassgpt.errors import UserError, explain_os_errors
 from glassgpt.tokenizers.tokenizer import UNKNOWN, CharTokenizer
 
 LARGEST_PICKLE = 4 << 20  # bytes; the one in GPT-2 XL's checkpoint is under a tenth of that
-_MOST_SHARED_TUPLES = 20  # each can double what a nest of tuples holds, see `inspect_pickle`
+_LARGEST_TUPLE = 1000  # values in a tuple and the tuples in it; those of tensors have about 20
 
 
 def tokenizer_of_meta(path: Path) -> CharTokenizer:
@@ -67,21 +67,16 @@ def inspect_pickle(program: bytes, where: Path, known: tuple[str, ...] = ()) -> 
     large, or that may never end when it is read; nothing is run.
 
     A tuple that holds an earlier tuple twice, again and again, has 2^n leaves after n
-    instructions, and as a key of a dictionary all of them are hashed.
+    instructions, and as a key of a dictionary all of them are hashed; a million tuples, each in
+    the next, make that hash overflow the stack of the process.
     """
     if len(program) > LARGEST_PICKLE:
         raise UserError(f"{where}: {len(program):,} bytes of pickle are too many; refused")
-    tuples, texts, shared, n_memo, previous = set[object](), ["", ""], 0, 0, ""
+    texts, stack, memo = ["", ""], list[int](), dict[int, int]()
     try:
         for opcode, argument, _ in pickletools.genops(program):
             name = None
-            if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
-                if "TUPLE" in previous:
-                    tuples.add(n_memo if opcode.name == "MEMOIZE" else argument)
-                n_memo += 1
-            elif opcode.name == "DUP" or ("GET" in opcode.name and argument in tuples):
-                shared += 1
-            elif opcode.name in ("GLOBAL", "INST"):
+            if opcode.name in ("GLOBAL", "INST"):
                 name = str(argument).replace(" ", ".")
             elif opcode.name == "STACK_GLOBAL":
                 name = ".".join(texts[-2:])
@@ -89,12 +84,35 @@ def inspect_pickle(program: bytes, where: Path, known: tuple[str, ...] = ()) -> 
                 texts.append(str(argument))
             if name is not None and not name.startswith(known or "-"):
                 raise UserError(f"{where} wants to run {name!r:.80}; refused")
-            if "PUT" not in opcode.name and opcode.name != "MEMOIZE":
-                previous = opcode.name
+            _follow(opcode, argument, stack, memo)
     except UserError:
         raise
     except Exception as error:
         what = " ".join(str(error).split()) or repr(error)
         raise UserError(f"{where} is no pickle, or damaged: {what:.100}") from error
-    if shared > _MOST_SHARED_TUPLES:
-        raise UserError(f"{where} is damaged: its tuples are nested too deeply; refused")
+
+
+def _follow(
+    opcode: pickletools.OpcodeInfo, argument: object, stack: list[int], memo: dict[int, int]
+) -> None:
+    """What one instruction does to the stack: for each value, how many values its hash visits (0
+    for a mark). Raises `ValueError` for a tuple that holds too many."""
+    before, after, mark = opcode.stack_before, opcode.stack_after, pickletools.markobject
+    if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
+        memo[len(memo) if argument is None else int(str(argument))] = stack[-1]
+    elif "GET" in opcode.name:
+        stack.append(memo[int(str(argument))])
+    elif opcode.name == "DUP":
+        stack.append(stack[-1])
+    else:
+        taken: list[int] = []
+        if mark in before:
+            while size := stack.pop():
+                taken.append(size)
+            before = before[: before.index(mark)]
+        taken += [stack.pop() for _ in before]
+        tuples = after in ([pickletools.pytuple], [pickletools.pyfrozenset])
+        size = 1 + sum(taken) if tuples else 1
+        if size > _LARGEST_TUPLE:
+            raise ValueError("its tuples are nested too deeply; refused")
+        stack += [0 if kind is mark else size for kind in after]
