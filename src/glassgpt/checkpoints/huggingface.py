@@ -20,6 +20,8 @@ from glassgpt.checkpoints.tensors import Lazy, tensor_shapes
 from glassgpt.config import Family, ModelConfig, RopeScaling
 from glassgpt.errors import UserError
 
+Json = Mapping[str, Any]  # a parsed config.json
+
 _ARCHITECTURES: dict[Family, str] = {
     "gpt2": "GPT2LMHeadModel",
     "llama": "LlamaForCausalLM",
@@ -41,7 +43,7 @@ def to_huggingface(
     begin: int | None = None,
     end: int | list[int] | None = None,
     labels: Sequence[str] = (),
-) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+) -> tuple[dict[str, object], dict[str, np.ndarray]]:
     """Our weights -> the content of config.json and the tensors of model.safetensors.
 
     `begin` and `end`: ids of the tokens before and after a text, of the latter perhaps several.
@@ -103,8 +105,9 @@ def from_huggingface(
         wanted = stored_shapes(config, expected[ours], len(names), transposed)
         for name, shape in zip(names, wanted, strict=True):
             if found[name] != shape:
-                raise UserError(f"{where}: {name} has shape {found[name]}; with this config it "
-                                f"would be {shape}")  # fmt: skip
+                raise UserError(
+                    f"{where}: {name} has shape {found[name]}; with this config it would be {shape}"
+                )
         makers[ours] = partial(_join, tensors, names, transposed)
     return Lazy(makers)
 
@@ -124,7 +127,7 @@ def _join(tensors: Mapping[str, np.ndarray], names: list[str], transposed: bool)
     return tensors[names[0]].T if transposed else tensors[names[0]]
 
 
-def config_from_json(values: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
+def config_from_json(values: Json, where: str = "config.json") -> ModelConfig:
     """The ModelConfig that a Hugging Face config.json describes.
 
     Raises `UserError` for architectures and variants that our model can't compute.
@@ -146,7 +149,7 @@ def config_from_json(values: Mapping[str, Any], where: str = "config.json") -> M
         raise UserError(f"{where}: {error} is missing or malformed") from error
 
 
-def labels_from_json(values: Mapping[str, Any], where: str = "config.json") -> tuple[str, ...]:
+def labels_from_json(values: Json, where: str = "config.json") -> tuple[str, ...]:
     """The classes that a config.json names, in the order of their ids; () of a language model.
 
     Raises `UserError` for regression, and for texts that may have several labels at once.
@@ -161,16 +164,18 @@ def labels_from_json(values: Mapping[str, Any], where: str = "config.json") -> t
     if not isinstance(names, dict):
         raise UserError(f"{where}: id2label is malformed")
     if len(names) < 2 or values.get("problem_type", _ONE_OF_THEM) not in (None, _ONE_OF_THEM):
-        raise UserError(f"{where}: {len(names)} labels with problem_type "
-                        f"{values.get('problem_type')} are not supported; only classifiers are "
-                        "that choose one label of two or more")  # fmt: skip
+        raise UserError(
+            f"{where}: {len(names)} labels with problem_type "
+            f"{values.get('problem_type')} are not supported; only classifiers are "
+            "that choose one label of two or more"
+        )
     labels = tuple(str(names.get(str(i))) for i in range(len(names)))
     if len({*labels, "None"}) <= len(labels):
         raise UserError(f"{where}: in id2label an id is missing, or two have the same name")
     return labels
 
 
-def _gpt2_config(values: Mapping[str, Any]) -> ModelConfig:
+def _gpt2_config(values: Json) -> ModelConfig:
     theirs = values.get("activation_function", "gelu_new")
     activations = {hf: ours for ours, hf in _GPT2_ACTIVATIONS.items()}
     activations["gelu_pytorch_tanh"] = "gelu_tanh"  # the same formula
@@ -193,7 +198,7 @@ def _gpt2_config(values: Mapping[str, Any]) -> ModelConfig:
     )
 
 
-def _llama_config(values: Mapping[str, Any], kind: str) -> ModelConfig:
+def _llama_config(values: Json, kind: str) -> ModelConfig:
     rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
     for name in ("attention_bias", "mlp_bias"):
         if values.get(name):
@@ -221,7 +226,7 @@ def _llama_config(values: Mapping[str, Any], kind: str) -> ModelConfig:
     )
 
 
-def _rope_scaling(rope: Mapping[str, Any]) -> RopeScaling | None:
+def _rope_scaling(rope: Json) -> RopeScaling | None:
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return None
@@ -238,7 +243,7 @@ def _rope_scaling(rope: Mapping[str, Any]) -> RopeScaling | None:
     raise UserError(f"rope scaling {kind!r} is not supported; linear and llama3 are")
 
 
-def _rope_json(config: ModelConfig) -> dict[str, Any]:
+def _rope_json(config: ModelConfig) -> Json:
     scaling, theta = config.rope_scaling, {"rope_theta": config.rope_theta}
     if scaling is None:
         return {"rope_type": "default"} | theta
@@ -254,7 +259,7 @@ def _rope_json(config: ModelConfig) -> dict[str, Any]:
 
 def _config_json(
     config: ModelConfig, begin: int | None, end: int | list[int] | None
-) -> dict[str, Any]:
+) -> dict[str, object]:
     common = {
         "architectures": [_ARCHITECTURES[config.family]],
         "model_type": config.family,
@@ -294,7 +299,9 @@ def _config_json(
     }
 
 
-def _classifier_json(config: ModelConfig, labels: Sequence[str], pad: int | None) -> dict[str, Any]:
+def _classifier_json(
+    config: ModelConfig, labels: Sequence[str], pad: int | None
+) -> dict[str, object]:
     """What transformers wants to know beside: it reads the last token that is not `pad`."""
     return {
         "architectures": [_CLASSIFIERS[config.family]],
@@ -324,8 +331,14 @@ def gpt2_names(config: ModelConfig) -> Iterator[tuple[str, str, bool]]:
     """As above, without the head; the biases are named even where the model has none."""
     yield "transformer.wte.weight", "token_embedding.weight", False
     yield "transformer.wpe.weight", "position_embedding.weight", False
-    parts = {"ln_1": "attn_norm", "attn.c_attn": "attn.qkv", "attn.c_proj": "attn.out",
-             "ln_2": "mlp_norm", "mlp.c_fc": "mlp.up", "mlp.c_proj": "mlp.down"}  # fmt: skip
+    parts = {
+        "ln_1": "attn_norm",
+        "attn.c_attn": "attn.qkv",
+        "attn.c_proj": "attn.out",
+        "ln_2": "mlp_norm",
+        "mlp.c_fc": "mlp.up",
+        "mlp.c_proj": "mlp.down",
+    }
     for layer in range(config.n_layer):
         for theirs, ours in parts.items():
             for kind in ("weight", "bias"):
@@ -342,9 +355,14 @@ def gpt2_names(config: ModelConfig) -> Iterator[tuple[str, str, bool]]:
 
 def _llama_names(config: ModelConfig) -> Iterator[tuple[str | tuple[str, ...], str, bool]]:
     yield "model.embed_tokens.weight", "token_embedding.weight", False
-    parts = {"input_layernorm": "attn_norm", "self_attn.o_proj": "attn.out",
-             "post_attention_layernorm": "mlp_norm", "mlp.gate_proj": "mlp.gate",
-             "mlp.up_proj": "mlp.up", "mlp.down_proj": "mlp.down"}  # fmt: skip
+    parts = {
+        "input_layernorm": "attn_norm",
+        "self_attn.o_proj": "attn.out",
+        "post_attention_layernorm": "mlp_norm",
+        "mlp.gate_proj": "mlp.gate",
+        "mlp.up_proj": "mlp.up",
+        "mlp.down_proj": "mlp.down",
+    }
     if config.qk_norm:
         parts |= {"self_attn.q_norm": "attn.q_norm", "self_attn.k_norm": "attn.k_norm"}
     for layer in range(config.n_layer):

@@ -14,20 +14,31 @@ import re
 from collections import ChainMap, defaultdict
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from glassgpt.checkpoints.huggingface import stored_shapes, tensor_names
+from glassgpt.checkpoints.huggingface import Json, stored_shapes, tensor_names
 from glassgpt.checkpoints.tensors import Lazy, tensor_shapes
 from glassgpt.config import ModelConfig
 from glassgpt.errors import UserError
 
 _PREFIX = "base_model.model."
 # More than a product of two matrices beside the model's own, or beside others than these.
-_UNSUPPORTED = ("use_dora", "modules_to_save", "lora_bias", "trainable_token_indices",
-                "layer_replication", "target_parameters", "alora_invocation_tokens", "use_qalora",
-                "use_bdlora", "arrow_config", "kasa_config", "monteclora_config")  # fmt: skip
+_UNSUPPORTED = (
+    "use_dora",
+    "modules_to_save",
+    "lora_bias",
+    "trainable_token_indices",
+    "layer_replication",
+    "target_parameters",
+    "alora_invocation_tokens",
+    "use_qalora",
+    "use_bdlora",
+    "arrow_config",
+    "kasa_config",
+    "monteclora_config",
+)
 # Other ways to begin than these change the base model too.
 _BEGINNINGS = (True, False, None, "gaussian", "eva", "orthogonal")
 
@@ -64,7 +75,7 @@ def to_peft(
     alpha: float,
     dropout: float,
     base: str,
-) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+) -> tuple[dict[str, object], dict[str, np.ndarray]]:
     """Our adapter -> the content of adapter_config.json and of adapter_model.safetensors.
 
     tensors: blocks.0.attn.qkv.a.0 (r, in), blocks.0.attn.qkv.b.0 (rows, r) and so on, as
@@ -96,7 +107,7 @@ def to_peft(
 def apply_adapter(
     config: ModelConfig,
     weights: Mapping[str, np.ndarray],
-    adapter_config: Mapping[str, Any],
+    adapter_config: Json,
     tensors: Mapping[str, np.ndarray],
     where: str = "the adapter",
 ) -> Mapping[str, np.ndarray]:
@@ -131,7 +142,7 @@ def _add(
 
 
 def _read_pairs(
-    config: ModelConfig, adapter: Mapping[str, Any], found: Mapping[str, tuple[int, ...]]
+    config: ModelConfig, adapter: Json, found: Mapping[str, tuple[int, ...]]
 ) -> list[_Pair]:
     if adapter.get("peft_type") != "LORA":
         raise UserError(f"peft_type {adapter.get('peft_type')!r} is not supported; LORA is")
@@ -141,8 +152,10 @@ def _read_pairs(
         raise UserError(f"bias {adapter['bias']!r} is not supported; none is")
     begun = adapter.get("init_lora_weights", True)
     if begun not in _BEGINNINGS:
-        raise UserError(f"init_lora_weights {begun!r} changes the base; convert it with PEFT "
-                        "(path_initial_model_for_weight_conversion)")  # fmt: skip
+        raise UserError(
+            f"init_lora_weights {begun!r} changes the base; convert it with PEFT "
+            "(path_initial_model_for_weight_conversion)"
+        )
     places, pairs, left = _places(config), [], set(found)
     for module, (ours, _, first, (height, width)) in places.items():
         a, b = (f"{_PREFIX}{module}.lora_{letter}.weight" for letter in "AB")
@@ -150,8 +163,10 @@ def _read_pairs(
             continue
         rank = found.get(a, (0,))[0]
         if not rank or found.get(a) != (rank, width) or found.get(b) != (height, rank):
-            raise UserError(f"{module} has lora_A {found.get(a)} and lora_B {found.get(b)}; here "
-                            f"they would be (r, {width}) and ({height}, r)")  # fmt: skip
+            raise UserError(
+                f"{module} has lora_A {found.get(a)} and lora_B {found.get(b)}; here "
+                f"they would be (r, {width}) and ({height}, r)"
+            )
         pairs.append(_Pair(ours, first, a, b, _factor(module, rank, adapter)))
         left -= {a, b}
     if left:
@@ -161,7 +176,7 @@ def _read_pairs(
     return pairs
 
 
-def _factor(module: str, rank: int, adapter: Mapping[str, Any]) -> float:
+def _factor(module: str, rank: int, adapter: Json) -> float:
     """alpha / r, or alpha / sqrt(r) of rank-stabilised LoRA (arXiv:2312.03732)."""
     alpha = adapter["lora_alpha"]
     for pattern, special in (adapter.get("alpha_pattern") or {}).items():

@@ -69,8 +69,10 @@ class Checkpoint:
 def require_language_model(checkpoint: Checkpoint, name: str | Path = "this model") -> Checkpoint:
     """`checkpoint`; raises `UserError` for a classifier, whose head knows no tokens."""
     if checkpoint.labels:
-        raise UserError(f"{name} is a classifier ({len(checkpoint.labels)} labels) and predicts no "
-                        f'tokens; ask it with: glassgpt sample {name} --text "..."')  # fmt: skip
+        raise UserError(
+            f"{name} is a classifier ({len(checkpoint.labels)} labels) and predicts no "
+            f'tokens; ask it with: glassgpt sample {name} --text "..."'
+        )
     return checkpoint
 
 
@@ -110,9 +112,6 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path} is damaged: {error}; restore it or train again") from error
 
 
-# -- models --------------------------------------------------------------------------------------
-
-
 def save_model(folder: str | Path, checkpoint: Checkpoint) -> None:
     """Write config, weights, tokenizer and glassgpt.json; `transformers` loads the folder."""
     folder = Path(folder)
@@ -122,8 +121,9 @@ def save_model(folder: str | Path, checkpoint: Checkpoint) -> None:
     begin, ends = begin_of_text(tokenizer), [tokenizer.end_of_text, *checkpoint.ends]
     ends = list(dict.fromkeys(end for end in ends if end is not None))
     end = ends if len(ends) > 1 else next(iter(ends), None)
-    config_json, tensors = to_huggingface(config, checkpoint.weights, begin=begin, end=end,
-                                          labels=labels)  # fmt: skip
+    config_json, tensors = to_huggingface(
+        config, checkpoint.weights, begin=begin, end=end, labels=labels
+    )
     more = _for_classifying(tokenizer) if labels else {}
     if checkpoint.chat_template is not None:
         more["chat_template"] = checkpoint.chat_template
@@ -221,8 +221,10 @@ def find_model(path: str | Path) -> Path:
         if (folder / "config.json").exists() and any(f.exists() for f in _weights_of(folder)):
             return folder
     if (path / "config.json").exists() and any(path.glob("*.bin")):
-        raise UserError(f"{path} holds its weights as pickles (*.bin), which could run anything; "
-                        "fetch the version with model.safetensors")  # fmt: skip
+        raise UserError(
+            f"{path} holds its weights as pickles (*.bin), which could run anything; "
+            "fetch the version with model.safetensors"
+        )
     raise UserError(f"{path} holds no model (no config.json with model.safetensors)")
 
 
@@ -244,9 +246,6 @@ def _weight_files(folder: Path) -> list[Path]:
         if not file.exists():
             raise UserError(f"{file} is missing, though {index.name} names it; fetch it again")
     return files
-
-
-# -- adapters ------------------------------------------------------------------------------------
 
 
 def save_adapter(

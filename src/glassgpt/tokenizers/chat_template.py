@@ -130,8 +130,12 @@ class Chat:
         messages = [{"role": turn.role, "content": marked(turn.content)} for turn in turns]
         try:
             return self._compiled.render(
-                messages=messages, add_generation_prompt=ask, tools=None, documents=None,
-                **self._named)  # fmt: skip
+                messages=messages,
+                add_generation_prompt=ask,
+                tools=None,
+                documents=None,
+                **self._named,
+            )
         except Exception as error:  # a template is a program, and may run into anything
             raise UserError(f"the chat template refuses this: {error}; {_REMEDY}") from error
 
@@ -144,30 +148,41 @@ class Chat:
             raise UserError(f"the chat template changes what is said; {_REMEDY}")
         # Every second part is what somebody said; hidden, it holds no special token.
         hidden = "".join(mark * len(p) if i % 2 else p for i, p in enumerate(parts))
-        special = {found.span(): self.tokenizer.special[found[0]]
-                   for found in self._special.finditer(hidden)}  # fmt: skip
+        special = {
+            found.span(): self.tokenizer.special[found[0]]
+            for found in self._special.finditer(hidden)
+        }
         edges = list(accumulate(map(len, parts)))
         spans = list(zip(edges[::2], edges[1::2], strict=False))
-        answers = [self._answer(turns[:number], text, spans, special)
-                   for number, turn in enumerate(turns) if turn.role == "assistant"]  # fmt: skip
+        answers = [
+            self._answer(turns[:number], text, spans, special)
+            for number, turn in enumerate(turns)
+            if turn.role == "assistant"
+        ]
         return _Layout(text, special, answers, self._special.sub("", hidden).replace(mark, ""))
 
     def _answer(
-        self, before: Sequence[Message], text: str, said: list[tuple[int, int]],
+        self,
+        before: Sequence[Message],
+        text: str,
+        said: list[tuple[int, int]],
         special: dict[tuple[int, int], int],
-    ) -> tuple[int, int]:  # fmt: skip
+    ) -> tuple[int, int]:
         """From the end of its prompt, for the model must write whatever the template puts there,
         to the end of the special token behind its words. `said`: spans."""
         asked = self._render(before, ask=True)
         if not text.startswith(asked):
-            raise UserError("with this chat template a conversation does not begin with the "
-                            f"prompt that led to it; {_REMEDY}")  # fmt: skip
+            raise UserError(
+                "with this chat template a conversation does not begin with the "
+                f"prompt that led to it; {_REMEDY}"
+            )
         stop = next((stop for start, stop in said if start >= len(asked)), len(text))
         first, last = next((span for span in special if span[0] >= stop), (len(text), 0))
         if not last or text[stop:first].strip():
-            raise UserError("the chat template puts no special token, such as {{ eos_token }}, "
-                            "behind an answer: nothing would tell the model to stop; "
-                            + _REMEDY)  # fmt: skip
+            raise UserError(
+                "the chat template puts no special token, such as {{ eos_token }}, "
+                "behind an answer: nothing would tell the model to stop; " + _REMEDY
+            )
         return len(asked), last
 
     def _encode(self, layout: _Layout) -> tuple[list[int], list[int]]:
@@ -217,14 +232,18 @@ def choose_template(
         if not missing and chat.ends:
             return source, tokenizer
     shown = " ".join(map(repr, missing[:10]))
-    raise UserError(f"this model's vocabulary of characters lacks {shown}, which the chat template "
-                    "writes; name a Jinja file that does without, with --template")  # fmt: skip
+    raise UserError(
+        f"this model's vocabulary of characters lacks {shown}, which the chat template "
+        "writes; name a Jinja file that does without, with --template"
+    )
 
 
 def _read(name: str) -> str:
     if not Path(name).exists():
-        raise UserError(f"no template {name!r}.{nearest(name, BUILT_IN)} Choose auto, "
-                        f"{', '.join(BUILT_IN)}, or the path of a Jinja file")  # fmt: skip
+        raise UserError(
+            f"no template {name!r}.{nearest(name, BUILT_IN)} Choose auto, "
+            f"{', '.join(BUILT_IN)}, or the path of a Jinja file"
+        )
     with explain_os_errors(f"read the template {name}"):
         return Path(name).read_bytes().decode("utf-8", "replace")
 

@@ -17,12 +17,13 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from glassgpt.errors import UserError, explain_os_errors
 from glassgpt.tokenizers.tokenizer_json import (
+    Spec,
     bpe_pattern,
     byte_alphabet,
     byte_level,
@@ -43,7 +44,7 @@ _ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>")  # between texts: GPT-2 and Qwe
 class Tokenizer(Protocol):
     """What the rest of the package may ask of any tokenizer."""
 
-    spec: dict[str, Any]  # the content of tokenizer.json
+    spec: Spec  # the content of tokenizer.json
     special: dict[str, int]  # tokens that no text is read as: name -> id
 
     @property
@@ -65,7 +66,7 @@ class Tokenizer(Protocol):
 class _Spec:
     """What the two kinds share: identity and equality come from the spec alone."""
 
-    def __init__(self, spec: dict[str, Any]) -> None:
+    def __init__(self, spec: Spec) -> None:
         self.spec, self.special = spec, special_tokens(spec)
 
     @cached_property
@@ -110,8 +111,12 @@ class CharTokenizer(_Spec):
         """Ids are places in `tokens`; `unknown` is the one that all other characters become."""
         vocab = {token: i for i, token in enumerate(tokens)}
         model = {"type": "WordLevel", "vocab": vocab, "unk_token": unknown}
-        split = {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated",
-                 "invert": False}  # fmt: skip
+        split = {
+            "type": "Split",
+            "pattern": {"Regex": r"[\s\S]"},
+            "behavior": "Isolated",
+            "invert": False,
+        }
         return cls(tokenizer_json(model, split, {"type": "Fuse"}))
 
     @cached_property
@@ -134,8 +139,10 @@ class CharTokenizer(_Spec):
         vocab, unknown = self.spec["model"]["vocab"], self.unknown_token
         ids = vocab | self.special
         if sorted(ids.values()) != list(range(len(ids))) or unknown not in vocab:
-            raise UserError(f"tokenizer.json is damaged: its ids are not 0, 1, 2, ... or without "
-                            f"that of its unk_token {unknown!r}")  # fmt: skip
+            raise UserError(
+                f"tokenizer.json is damaged: its ids are not 0, 1, 2, ... or without "
+                f"that of its unk_token {unknown!r}"
+            )
 
     def encode_array(self, text: str, *, continues: bool = False) -> np.ndarray:
         points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
@@ -161,7 +168,7 @@ class BPETokenizer(_Spec):
     Reads tokenizer.json as GPT-2, Llama 3 and Qwen have it; encodes with tiktoken.
     """
 
-    def __init__(self, spec: dict[str, Any]) -> None:
+    def __init__(self, spec: Spec) -> None:
         super().__init__(spec)
         self._pattern = bpe_pattern(spec)
         self._nfc = spec.get("normalizer") is not None  # tiktoken_can allows no other
@@ -243,7 +250,7 @@ class LibraryTokenizer(_Spec):
 
     kind = "bpe"
 
-    def __init__(self, spec: dict[str, Any]) -> None:
+    def __init__(self, spec: Spec) -> None:
         super().__init__(spec)
         from tokenizers import Tokenizer as Library
 
@@ -317,8 +324,9 @@ def gpt2_tokenizer(encoder_json: bytes, vocab_bpe: bytes) -> BPETokenizer:
         if vocab.pop(END_OF_TEXT) != len(vocab):
             raise KeyError(END_OF_TEXT)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError("the vocabulary is not GPT-2's; with another one a tokenizer.json is "
-                        "needed") from error  # fmt: skip
+        raise UserError(
+            "the vocabulary is not GPT-2's; with another one a tokenizer.json is needed"
+        ) from error
     lines = vocab_bpe.decode("utf-8").split("\n")[1:]  # the first line is a version
     merges = [line.split(" ") for line in lines if line]
     return BPETokenizer(byte_level(vocab, merges, end=END_OF_TEXT, use_regex=True))
@@ -361,7 +369,7 @@ def add_tokens(tokenizer: Tokenizer, names: Iterable[str]) -> Tokenizer:
     return from_spec(with_tokens(tokenizer.spec, names))
 
 
-def from_spec(spec: dict[str, Any]) -> Tokenizer:
+def from_spec(spec: Spec) -> Tokenizer:
     """The tokenizer that a parsed tokenizer.json describes."""
     try:
         kind = spec["model"]["type"]
@@ -406,10 +414,10 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 
 def to_files(
-    tokenizer: Tokenizer, context_length: int | None = None, **more: Any
+    tokenizer: Tokenizer, context_length: int | None = None, **more: object
 ) -> dict[str, bytes]:
     """File name -> content, for `transformers.AutoTokenizer`; `more` stands in its config, too."""
-    config: dict[str, Any] = {
+    config: dict[str, object] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
         # transformers 4 would add token types, which GPT-2 takes for tokens.

@@ -12,6 +12,8 @@ from typing import Any
 
 from glassgpt.errors import UserError
 
+Spec = dict[str, Any]  # a parsed tokenizer.json
+
 # How GPT-2 cuts text before merging: contractions, words, numbers and punctuation each with the
 # space before them, and white space. Possessive quantifiers are for speed; the cuts are the same.
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
@@ -38,7 +40,7 @@ def byte_level(vocab: dict[str, int], merges: list, *, end: str, use_regex: bool
     return with_tokens(tokenizer_json(model, level, level), [end])
 
 
-def with_tokens(spec: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
+def with_tokens(spec: Spec, names: Iterable[str]) -> Spec:
     """The same with special tokens behind the largest id; those that are there already stay."""
     added, known = list(spec.get("added_tokens") or []), special_tokens(spec)
     ids = spec["model"]["vocab"] | known
@@ -63,7 +65,7 @@ def byte_alphabet() -> list[str]:
 # -- asking --------------------------------------------------------------------------------------
 
 
-def special_tokens(spec: dict[str, Any]) -> dict[str, int]:
+def special_tokens(spec: Spec) -> dict[str, int]:
     """Tokens that are not made of text (`<|endoftext|>`), and their ids."""
     return {token["content"]: token["id"] for token in spec.get("added_tokens") or []}
 
