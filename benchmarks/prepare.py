@@ -67,7 +67,7 @@ def write_text(source: Path, target: Path, size: int) -> None:
 # Encodes 64 MB a request and answers with MB/s; reading the text is not counted.
 RAW = """
 import os, sys, time
-from glassgpt.data.vocabulary import build_tokenizer
+from glassgpt.tokenizers.vocabulary import build_tokenizer
 encoding = build_tokenizer("gpt2", lambda: iter(()))._encoding
 cores = len(os.sched_getaffinity(0))
 with open(sys.argv[1], encoding="utf-8") as file:
