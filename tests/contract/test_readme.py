@@ -78,6 +78,7 @@ def test_the_commands_and_the_python_example_run(tmp_path, monkeypatch, capsys) 
     assert capsys.readouterr().out.strip()
 
 
+@pytest.mark.slow
 def test_the_python_example_type_checks(tmp_path: Path) -> None:
     [code] = [block for language, block in blocks_of(README) if language == "python"]
     (tmp_path / "example.py").write_text(code)

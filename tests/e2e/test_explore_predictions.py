@@ -18,7 +18,7 @@ import glassgpt
 from glassgpt.cache import KVCache
 from glassgpt.checkpoints.run_directory import Checkpoint, save_model
 from glassgpt.config import Sampling
-from glassgpt.evaluation.text_loss import text_loss, token_losses
+from glassgpt.evaluation.text_loss import cross_entropies, text_loss
 from glassgpt.inference.engines.reference import ReferenceEngine
 from glassgpt.inference.generate import filter_logits, probabilities
 from glassgpt.interpret.lens import attribution, logit_lens, patch_map, patched, without
@@ -296,7 +296,7 @@ def test_switching_parts_off_and_reset(explorer: Views, fill: str):
         explorer.press(f'[data-part="{part}"]')
     off = explorer.logits(explorer.ids(), without(["1.mlp", "0.h2"], explorer.model.config, fill))  # type: ignore[arg-type]
     against(explorer, whole, off)
-    losses = token_losses(off[:-1], np.array(explorer.ids()[1:]))
+    losses = cross_entropies(off[:-1], np.array(explorer.ids()[1:]))
     shown = explorer.values("lossChange", "b")
     np.testing.assert_allclose([shown[str(i + 1)] for i in range(len(losses))], losses, atol=1e-4)
     assert abs(explorer.values("compare")["kl"]) > 1e-4
@@ -346,7 +346,7 @@ def test_two_models_side_by_side(modern: Views, runs: dict[str, Path]):
     with torch.no_grad():
         other = glassgpt.load(runs["tuned"], device="cpu").model(modern.batch())[0].numpy()
     against(modern, modern.logits(modern.ids()), other)
-    losses = token_losses(other[:-1], np.array(modern.ids()[1:]))
+    losses = cross_entropies(other[:-1], np.array(modern.ids()[1:]))
     assert modern.values("compare")["loss.b"] == pytest.approx(losses.mean(), abs=1e-4)
 
 
@@ -361,7 +361,7 @@ def test_the_loss_is_that_of_evaluate(explorer: Views):
     shown = explorer.values("loss")
     assert shown.pop("mean") == pytest.approx(found.loss, abs=1e-4)
     assert shown.pop("bits_per_byte") == pytest.approx(found.bits_per_byte, abs=1e-4)
-    losses = token_losses(logits, targets)
+    losses = cross_entropies(logits, targets)
     np.testing.assert_allclose([shown[str(i + 1)] for i in range(len(losses))], losses, atol=1e-4)
     rank = (logits > logits[np.arange(len(targets)), targets][:, None]).sum(1)
     ranks = explorer.values("loss", "rank")

@@ -25,6 +25,8 @@ import glassgpt
 from glassgpt.interpret.lens import without
 from glassgpt.interpret.trace import record
 
+pytestmark = pytest.mark.slow
+
 TEXT = "the cat sat on"
 
 

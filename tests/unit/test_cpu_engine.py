@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -238,6 +239,7 @@ def test_what_an_engine_has_not_got(make: Any) -> None:
         engine.read([0], [np.array([config.vocab_size])])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="left out: this system has no fork")
 def test_a_forked_process_has_threads_of_its_own() -> None:
     script = """
@@ -382,6 +384,7 @@ for precision in ("float32", "int8", "int4"):
         np.testing.assert_allclose(found, expected, rtol=0, atol=near)
 
 
+@pytest.mark.slow
 def test_compiled_code_is_kept_and_announced_once(tmp_path: Path) -> None:
     script = """
 import sys
@@ -422,9 +425,11 @@ def test_every_shape_of_model_has_the_same_compiled_code(tmp_path: Path) -> None
         loaded = load_model(tmp_path / name)
         for precision in ("float32", "int8", "int4"):
             NumbaEngine(loaded.config, loaded.weights, precision)
-    assert len(list(folder.rglob("forward.forward*.nbc"))) == 3
+    found = Counter(path.parent for path in folder.rglob("forward.forward*.nbc"))
+    assert max(found.values()) == 3  # in the folder of this checkout
 
 
+@pytest.mark.slow
 def test_a_disk_too_full_for_compiled_code(small_disk: Path) -> None:
     """It decodes all the same, and says why the next process will compile again."""
     script = """

@@ -271,6 +271,7 @@ def test_an_adapter_goes_on_with_its_own_base_alone(files, tmp_path, capsys) -> 
     assert finetune(resume=run, max_steps=8).step == 8
 
 
+@pytest.mark.slow
 def test_an_adapter_alone_is_a_chat_partner_too(bases, files, tmp_path) -> None:
     run = finetune(
         bases(kind="byte"), files["chats"], out=tmp_path / "run", lora_rank=2, **FAST

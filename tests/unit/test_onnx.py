@@ -21,6 +21,8 @@ from glassgpt.config import ModelConfig
 from glassgpt.errors import UserError
 from glassgpt.model import GPT, attention_by_hand
 
+pytestmark = pytest.mark.slow
+
 CONFIGS = {
     "gpt2": tiny_config("gpt2", activation="gelu", n_layer=1),
     "gpt2-untied": tiny_config("gpt2", tie_embeddings=False, bias=False),

@@ -16,7 +16,7 @@ import tokenizers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-import glassgpt.inference.generate
+import glassgpt.tokenizers.tokenizer
 from glassgpt.errors import UserError
 from glassgpt.tokenizers.tokenizer import (
     END_OF_TEXT,
@@ -270,8 +270,8 @@ def test_a_character_appears_with_its_last_byte() -> None:
 
 
 def test_docstrings() -> None:
-    assert doctest.testmod(glassgpt.inference.generate).attempted > 0
-    assert doctest.testmod(glassgpt.inference.generate).failed == 0
+    assert doctest.testmod(glassgpt.tokenizers.tokenizer).attempted > 0
+    assert doctest.testmod(glassgpt.tokenizers.tokenizer).failed == 0
 
 
 # -- files ---------------------------------------------------------------------------------------
