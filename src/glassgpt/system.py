@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, Protocol
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
 from filelock import FileLock, Timeout
 
@@ -30,6 +30,8 @@ from glassgpt.errors import UserError, explain_os_errors
 
 if TYPE_CHECKING:
     from http.client import HTTPResponse
+
+Json = dict[str, Any]  # a parsed JSON object
 
 TIMEOUT = 30.0  # seconds without a single byte, after which a server is given up
 RETRIES = 4  # tries in a row that may get no further than the one before

@@ -27,6 +27,7 @@ from glassgpt.system import replacing
 from glassgpt.tokenizers.tokenizer import UNKNOWN, LibraryTokenizer, Tokenizer
 from glassgpt.tokenizers.tokenizer_json import (
     GPT2_PATTERN,
+    Spec,
     bpe_pattern,
     byte_alphabet,
     tokens_before,
@@ -370,7 +371,7 @@ def _pattern_name(tokenizer: Tokenizer) -> str:
     return _PATTERN_NAMES[pattern]
 
 
-def _cuts_digits(spec: Mapping[str, Any]) -> bool:
+def _cuts_digits(spec: Spec) -> bool:
     """GPT-2's pattern with every digit by itself, as SmolLM2 has it."""
     steps = (spec.get("pre_tokenizer") or {}).get("pretokenizers", [])
     return (

@@ -12,15 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
 
 import numpy as np
 
 from glassgpt.checkpoints.tensors import Lazy, tensor_shapes
 from glassgpt.config import Family, ModelConfig, RopeScaling
 from glassgpt.errors import UserError
-
-Json = Mapping[str, Any]  # a parsed config.json
+from glassgpt.system import Json
 
 _ARCHITECTURES: dict[Family, str] = {
     "gpt2": "GPT2LMHeadModel",

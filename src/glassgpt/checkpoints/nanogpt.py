@@ -33,7 +33,7 @@ from glassgpt.checkpoints.huggingface import gpt2_names
 from glassgpt.checkpoints.tensors import Lazy
 from glassgpt.config import ModelConfig
 from glassgpt.errors import UserError, explain_os_errors
-from glassgpt.system import write_file
+from glassgpt.system import Json, write_file
 from glassgpt.tokenizers.nanogpt_meta import LARGEST_PICKLE, inspect_pickle, tokenizer_of_meta
 from glassgpt.tokenizers.tokenizer import CharTokenizer, Tokenizer
 
@@ -53,7 +53,7 @@ _KNOWN = ("torch.", "collections.")
 
 def load_nanogpt(
     path: Path,
-) -> tuple[ModelConfig, Mapping[str, np.ndarray], Tokenizer | None, dict[str, Any]]:
+) -> tuple[ModelConfig, Mapping[str, np.ndarray], Tokenizer | None, Json]:
     """(config, weights, tokenizer, info) of a ckpt.pt, or of the folder that holds one.
 
     The weights are mapped from the file. The tokenizer is None where nanoGPT's rule makes it
@@ -70,7 +70,7 @@ def load_nanogpt(
     weights = _weights(config, file, saved["model"])
     options = _get(saved, "config")
     tokenizer = _tokenizer(file, _get(options, "dataset"), config)
-    info: dict[str, Any] = {}
+    info: Json = {}
     for key in ("iter_num", "best_val_loss"):
         value = _get(saved, key)
         if isinstance(value, torch.Tensor) and value.numel() == 1:
@@ -121,7 +121,7 @@ def _no_archive(file: Path) -> str:
     return f"{file} is no file of torch.save"
 
 
-def _get(mapping: Any, key: str) -> Any:
+def _get(mapping: object, key: str) -> Any:
     return mapping.get(key) if isinstance(mapping, dict) else None
 
 
@@ -188,7 +188,7 @@ def _plain(name: str) -> str:
     return name
 
 
-def _tokenizer(file: Path, dataset: Any, config: ModelConfig) -> CharTokenizer | None:
+def _tokenizer(file: Path, dataset: object, config: ModelConfig) -> CharTokenizer | None:
     """From the meta.pkl beside the checkpoint, or where nanoGPT keeps that of its data set."""
     places = [file.parent]
     if isinstance(dataset, str) and not Path(dataset).is_absolute() and ".." not in dataset:
@@ -231,7 +231,7 @@ def save_nanogpt(
         if ours in weights
     }
     tensors["lm_head.weight"] = tensors["transformer.wte.weight"]
-    content: dict[str, Any] = {
+    content: Json = {
         "model": tensors,
         "optimizer": _fresh_optimizer(config),
         "model_args": {
@@ -271,7 +271,7 @@ def _check(config: ModelConfig) -> None:
             raise UserError(f"nanoGPT can't express {what}; export the model to another format")
 
 
-def _meta(tokenizer: Tokenizer) -> dict[str, Any] | None:
+def _meta(tokenizer: Tokenizer) -> Json | None:
     """The content of meta.pkl; None for GPT-2's tokenizer, which nanoGPT assumes without one."""
     if tokenizer.kind == "char":
         vocab = tokenizer.spec["model"]["vocab"]
@@ -286,7 +286,7 @@ def _meta(tokenizer: Tokenizer) -> dict[str, Any] | None:
     )
 
 
-def _fresh_optimizer(config: ModelConfig) -> dict[str, Any]:
+def _fresh_optimizer(config: ModelConfig) -> Json:
     """AdamW's state before its first step, in nanoGPT's two groups: matrices, and the rest."""
     matrices = [len(shape) > 1 for shape in config.weight_shapes.values()]
     groups = [

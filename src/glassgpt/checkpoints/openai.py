@@ -18,9 +18,9 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+import google_crc32c
 import numpy as np
 
-from glassgpt.checkpoints.crc32c import crc32c
 from glassgpt.checkpoints.tensors import Lazy, widen_bfloat16
 from glassgpt.config import ModelConfig
 from glassgpt.errors import UserError, explain_os_errors, nearest
@@ -254,7 +254,7 @@ class TensorBundle(Mapping[str, np.ndarray]):
 
 def masked_crc32c(data: bytes | np.ndarray) -> int:
     """CRC-32C as the files store it: rotated and shifted, so that data may hold checksums too."""
-    crc = crc32c(data)
+    crc = google_crc32c.value(data)
     return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
 

@@ -37,7 +37,7 @@ from glassgpt.checkpoints.tensors import SafeTensors, write_tensors
 from glassgpt.config import ModelConfig
 from glassgpt.errors import UserError, explain_os_errors
 from glassgpt.reporting.terminal import program
-from glassgpt.system import check_outside, exclusive, own_folder, write_file
+from glassgpt.system import Json, check_outside, exclusive, own_folder, write_file
 from glassgpt.tokenizers.tokenizer import (
     Tokenizer,
     begin_of_text,
@@ -60,7 +60,7 @@ class Checkpoint:
     config: ModelConfig
     weights: Mapping[str, np.ndarray]  # names of model.py; read when they are asked for
     tokenizer: Tokenizer
-    info: dict[str, Any] = field(default_factory=dict)  # glassgpt.json: step, losses, options
+    info: Json = field(default_factory=dict)  # glassgpt.json: step, losses, options
     chat_template: str | None = None  # Jinja, of a model that was finetuned on conversations
     ends: tuple[int, ...] = ()  # ids that end what it writes, beside the tokenizer's end_of_text
     labels: tuple[str, ...] = ()  # of a classifier, whose head is weights["score.weight"]
@@ -90,7 +90,7 @@ def model_fingerprint(checkpoint: Checkpoint) -> str:
 # -- files ---------------------------------------------------------------------------------------
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: object) -> None:
     write_file(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
@@ -142,9 +142,9 @@ def save_model(folder: str | Path, checkpoint: Checkpoint) -> None:
     write_json(folder / "glassgpt.json", about)
 
 
-def _for_classifying(tokenizer: Tokenizer) -> dict[str, Any]:
+def _for_classifying(tokenizer: Tokenizer) -> Json:
     """For tokenizer_config.json: texts of a batch are padded, a special token in them is text."""
-    values: dict[str, Any] = {"padding_side": "right", "split_special_tokens": True}
+    values: Json = {"padding_side": "right", "split_special_tokens": True}
     if tokenizer.end_of_text is not None:
         values["pad_token"] = tokenizer.token_bytes(tokenizer.end_of_text).decode()
     return values
@@ -304,7 +304,7 @@ def save_training(
     run: Path,
     checkpoint: Checkpoint | None,
     tensors: Mapping[str, np.ndarray],
-    state: dict[str, Any],
+    state: Json,
 ) -> None:
     """Replace `checkpoints/last` by this moment of the training: a model, what its optimizers
     remember, numbers. None where the model is another one with adapters, which are `tensors`.
@@ -345,7 +345,7 @@ def find_training(run: str | Path) -> Path:
 
 def load_training(
     run: str | Path,
-) -> tuple[Checkpoint | None, Mapping[str, np.ndarray], dict[str, Any]]:
+) -> tuple[Checkpoint | None, Mapping[str, np.ndarray], Json]:
     """(model, tensors, state) of the newest training checkpoint, as `save_training` had them."""
     folder = find_training(run)
     tensors = SafeTensors([folder / "optimizer.safetensors"])
@@ -415,7 +415,7 @@ class Resumed:
 
     checkpoint: Checkpoint | None  # None where adapters were trained: they are in `tensors`
     tensors: Mapping[str, np.ndarray]
-    state: dict[str, Any]  # state.json; its "options" are all of the training's, by name
+    state: Json  # state.json; its "options" are all of the training's, by name
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -35,6 +34,7 @@ from glassgpt.reporting.plots import (
 )
 from glassgpt.reporting.run_log import read_metrics
 from glassgpt.reporting.terminal import aligned, format_seconds
+from glassgpt.system import Json
 from glassgpt.tokenizers.tokenizer import Tokenizer, unknown_note
 
 MAX_TOKENS = 128  # of a text whose attention is drawn: more can't be told apart
@@ -170,7 +170,7 @@ def short_names(folders: Sequence[Path]) -> list[str]:
     return names
 
 
-def differences(abouts: Sequence[dict[str, Any]]) -> list[str]:
+def differences(abouts: Sequence[Json]) -> list[str]:
     """ "n_layer 6, seed 2" for each glassgpt.json: what was asked for and isn't alike in all."""
     if len(abouts) < 2 or not all(abouts):
         return [""] * len(abouts)
@@ -198,7 +198,7 @@ def _short(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else shortened(str(value), 20)
 
 
-def _read(folder: Path) -> list[dict[str, Any]]:
+def _read(folder: Path) -> list[Json]:
     """metrics.jsonl; says what to name instead where there is none."""
     path = folder / "metrics.jsonl"
     if not folder.exists():
@@ -221,18 +221,18 @@ def _read(folder: Path) -> list[dict[str, Any]]:
     return [row for row in rows if isinstance(row, dict)]
 
 
-def _has_loss(row: dict[str, Any]) -> bool:
+def _has_loss(row: Json) -> bool:
     return row.get("train_loss") is not None or row.get("val_loss") is not None
 
 
-def _is_broken(row: dict[str, Any]) -> bool:
+def _is_broken(row: Json) -> bool:
     return any(
         isinstance(row.get(name), float) and not math.isfinite(row[name])
         for name in ("train_loss", "val_loss")
     )
 
 
-def _about(folder: Path) -> dict[str, Any]:
+def _about(folder: Path) -> Json:
     """glassgpt.json; {} before the first evaluation."""
     path = folder / "glassgpt.json"
     return read_json(path) if path.exists() else {}

@@ -111,7 +111,7 @@ class _Unpacked(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer: Any) -> int:
+    def readinto(self, buffer: memoryview) -> int:
         with blame(self._name):
             return self._stream.readinto(buffer)
 

@@ -18,13 +18,13 @@ from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 
 from glassgpt.data.batches import Split, TokenFiles
 from glassgpt.errors import UserError, explain_os_errors, first_of
-from glassgpt.system import before_sigterm, check_outside, own_folder, write_file
+from glassgpt.system import Json, before_sigterm, check_outside, own_folder, write_file
 from glassgpt.tokenizers.nanogpt_meta import tokenizer_of_meta
 from glassgpt.tokenizers.tokenizer import Tokenizer, load_tokenizer, tokenizer_fingerprint
 
@@ -37,7 +37,7 @@ _NO_CONTENT = {_UNFINISHED, _LOCK, "lost+found"}  # the last is in every new vol
 # ---- recognising one ---------------------------------------------------------------------------
 
 
-def read_data_meta(folder: str | Path) -> dict[str, Any] | None:
+def read_data_meta(folder: str | Path) -> Json | None:
     """What a meta.json of ours says; None without one, or where it is another program's."""
     try:
         meta = json.loads((Path(folder) / "meta.json").read_bytes())
@@ -123,7 +123,7 @@ def _load_ours(path: Path) -> Dataset:
 
 
 def _token_files(
-    folder: Path, meta: dict[str, Any], name: str, dtype: str, tokenizer: Tokenizer
+    folder: Path, meta: Json, name: str, dtype: str, tokenizer: Tokenizer
 ) -> TokenFiles:
     paths = [folder / file for file in meta["files"]]
     split = TokenFiles(paths, dtype, tokenizer.vocab_size)
@@ -268,7 +268,7 @@ class TokenWriter:
             self._file.close()
             self._file = None
 
-    def finish(self) -> dict[str, Any]:
+    def finish(self) -> Json:
         """Close everything; what meta.json says of this split."""
         self.close()
         starts = f"{self.name}-documents.bin"

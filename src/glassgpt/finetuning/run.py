@@ -31,7 +31,7 @@ from glassgpt.inference.classify import class_weights, set_score_head
 from glassgpt.model import GPT, crop_positions
 from glassgpt.options import Options, make_config
 from glassgpt.reporting.run_log import TrainResult
-from glassgpt.system import SILENT, Reporter
+from glassgpt.system import SILENT, Json, Reporter
 from glassgpt.training.loop import Trainer
 from glassgpt.training.run import GENTLE, Names, Request, TrainingSession
 
@@ -94,7 +94,7 @@ def finetune(
         return session.fit(_make_trainer(session, plan))
 
 
-def _check_same_base(base: Checkpoint, state: Mapping[str, Any], request: Request) -> None:
+def _check_same_base(base: Checkpoint, state: Json, request: Request) -> None:
     """An adapter is a correction to certain weights, and means nothing beside others."""
     if state.get("base") not in (None, model_fingerprint(base)):  # older runs don't know theirs
         raise UserError(
@@ -127,7 +127,7 @@ def _completed(
     return wanted | given
 
 
-def _pretraining(base: Checkpoint) -> dict[str, Any]:
+def _pretraining(base: Checkpoint) -> Json:
     """Optimizer and learning rates by which the base learned from nothing, as far as is known.
 
     A rate that was made gentle once is not made gentler with every finetuning that follows.

@@ -29,6 +29,7 @@ from glassgpt.inference.classify import class_logits, metrics, metrics_table
 from glassgpt.inference.generate import complete
 from glassgpt.model import GPT
 from glassgpt.reporting.plots import confusion
+from glassgpt.system import Json
 from glassgpt.tokenizers.chat_template import Chat
 from glassgpt.tokenizers.tokenizer import Tokenizer, to_files
 from glassgpt.training.task import TextTask
@@ -48,7 +49,7 @@ class FinetuneTask(TextTask):
         base_name: str,
         layer_decay: float = 1.0,
         lora: LoRA | None = None,
-        pretraining: dict[str, Any] | None = None,
+        pretraining: Json | None = None,
     ) -> None:
         """`pretraining`: optimizer and rates of the base's first training; they are saved, so that
         the result can be finetuned in turn."""
@@ -60,14 +61,14 @@ class FinetuneTask(TextTask):
         self.n_new = tokenizer.vocab_size - base.tokenizer.vocab_size
         self.dropout = 0.0 if lora is None else lora.dropout
 
-    def checkpoint(self, model: GPT, info: dict[str, Any]) -> ckpt.Checkpoint:
+    def checkpoint(self, model: GPT, info: Json) -> ckpt.Checkpoint:
         """The model with its adapters added to the weights, so that any program can load it."""
         info = info | {"pretraining": self.pretraining}
         return ckpt.Checkpoint(
             model.config, merged_weights(model), self.tokenizer, info, self.chat_template, self.ends
         )
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> Json:
         return super().state() | {"base": self.base_fingerprint}
 
     def beside(self, model: GPT) -> str | None:
@@ -86,7 +87,7 @@ class FinetuneTask(TextTask):
         return None
 
     def to_resume(
-        self, model: GPT, info: dict[str, Any]
+        self, model: GPT, info: Json
     ) -> tuple[ckpt.Checkpoint | None, dict[str, np.ndarray]]:
         if self.lora is None:
             return super().to_resume(model, info)
@@ -107,7 +108,7 @@ class FinetuneTask(TextTask):
                 if p.requires_grad:
                     p.copy_(torch.from_numpy(np.array(tensors[f"learning.{name}"])))
 
-    def save(self, folder: Path, model: GPT, info: dict[str, Any]) -> None:
+    def save(self, folder: Path, model: GPT, info: Json) -> None:
         super().save(folder, model, info)
         if self.lora is not None and _is_adapter_alone(model):
             tensors = adapter_tensors(model)
@@ -196,7 +197,7 @@ class LabelTask(FinetuneTask):
         self._judged = None
         return metrics_table(metrics(truth, predicted, len(self.labels)), self.labels)
 
-    def checkpoint(self, model: GPT, info: dict[str, Any]) -> ckpt.Checkpoint:
+    def checkpoint(self, model: GPT, info: Json) -> ckpt.Checkpoint:
         saved = super().checkpoint(model, info)
         body = [name for name in model.config.weight_shapes if name != "head.weight"]
         head = model.head.weight.detach().cpu().numpy()
@@ -216,7 +217,7 @@ class LabelTask(FinetuneTask):
             saved = dataclasses.replace(saved, weights=ChainMap(head, saved.weights))  # type: ignore
         super().restore(model, saved, tensors)
 
-    def save(self, folder: Path, model: GPT, info: dict[str, Any]) -> None:
+    def save(self, folder: Path, model: GPT, info: Json) -> None:
         super().save(folder, model, info)
         self._judged = self._judge(model)
         matrix = metrics(*self._judged, len(self.labels)).confusion

@@ -185,7 +185,7 @@ class Curve:
     """The losses of a run, and its name in the legend."""
 
     label: str
-    rows: Sequence[dict[str, Any]]  # of metrics.jsonl
+    rows: Sequence[dict[str, float]]  # of metrics.jsonl
     guessing: tuple[float, str] | None = None  # the loss of guessing with equal chance, its name
 
     def best(self) -> tuple[int, float] | None:

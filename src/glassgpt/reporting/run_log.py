@@ -19,7 +19,7 @@ from typing import Any
 from glassgpt.config import ModelConfig
 from glassgpt.errors import UserError, explain_os_errors
 from glassgpt.reporting.terminal import format_seconds
-from glassgpt.system import write_file
+from glassgpt.system import Json, write_file
 
 # -- while it trains ------------------------------------------------------------------------------
 
@@ -28,7 +28,12 @@ class RunLog:
     """metrics.jsonl, one object per line; on request also TensorBoard and Weights & Biases."""
 
     def __init__(
-        self, run: Path, *, tensorboard: bool = False, wandb: bool = False, options: Any = None
+        self,
+        run: Path,
+        *,
+        tensorboard: bool = False,
+        wandb: bool = False,
+        options: Json | None = None,
     ) -> None:
         self.path = run / "metrics.jsonl"
         self._board = _tensorboard(run) if tensorboard else None
@@ -58,7 +63,7 @@ class RunLog:
             self._wandb.finish()
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
+def read_metrics(path: Path) -> list[Json]:
     """All rows, without a last line that a crash cut short."""
     rows = []
     for line in path.read_text().splitlines():
@@ -101,7 +106,7 @@ def _tensorboard(run: Path):
     return SummaryWriter(str(run / "tensorboard"))
 
 
-def _wandb(run: Path, options: Any):
+def _wandb(run: Path, options: Json | None):
     import wandb
 
     if "WANDB_API_KEY" not in os.environ:

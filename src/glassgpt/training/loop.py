@@ -15,7 +15,6 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -27,8 +26,9 @@ from glassgpt.data.batches import IGNORE, Split
 from glassgpt.data.dataset import Dataset
 from glassgpt.errors import UserError
 from glassgpt.model import GPT
+from glassgpt.options import Options
 from glassgpt.reporting.run_log import Expectation, TrainResult
-from glassgpt.system import Reporter
+from glassgpt.system import Json, Reporter
 from glassgpt.training.journal import Journal
 from glassgpt.training.optimizers import (
     learning_rate_at,
@@ -59,15 +59,15 @@ class LoopState:
     samples: list[str] = field(default_factory=list)  # the first and the latest
     kept: list[float] = field(default_factory=list)  # on the text to keep, the first and the latest
     fits_in_memory: int | None = None  # sequences at a time, once more did not fit
-    scaler: dict[str, Any] = field(default_factory=dict)  # of float16 gradients
+    scaler: Json = field(default_factory=dict)  # of float16 gradients
     plan: Expectation | None = None
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Json:
         first, best = map(ckpt.finite_or_none, (self.first_val_loss, self.best_val_loss))
         return dataclasses.asdict(self) | {"first_val_loss": first, "best_val_loss": best}
 
     @classmethod
-    def from_json(cls, saved: Mapping[str, Any]) -> LoopState:
+    def from_json(cls, saved: Json) -> LoopState:
         """Earlier versions of this program saved less; what is missing is as at the beginning."""
         names = [each.name for each in dataclasses.fields(cls)]
         known = {name: saved[name] for name in names if saved.get(name) is not None}
@@ -87,7 +87,7 @@ class Trainer:
         data: Dataset,
         machine: runtime.Machine,
         reporter: Reporter,
-        options: dict[str, Any],
+        options: Options,
         *,
         task: TextTask | None = None,
         began: float | None = None,
@@ -337,7 +337,7 @@ class Trainer:
         self,
         saved: ckpt.Checkpoint | None,
         tensors: Mapping[str, np.ndarray],
-        state: dict[str, Any],
+        state: Json,
     ) -> None:
         """Continue where `save` left off."""
         self.task.restore(self.model, saved, tensors)
@@ -370,7 +370,7 @@ class Trainer:
             except UserError as error:
                 self.reporter.say(f"no snapshot of step {self.state.step:,}: {error}")
 
-    def _info(self) -> dict[str, Any]:
+    def _info(self) -> Json:
         """What glassgpt.json says of the model."""
         return {
             "torch_version": torch.__version__,

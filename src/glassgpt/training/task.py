@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,10 +18,9 @@ import torch
 from glassgpt.checkpoints import run_directory as ckpt
 from glassgpt.config import Sampling, TrainConfig
 from glassgpt.inference.engines import Engine
-from glassgpt.inference.engines.cpu import NumpyEngine
-from glassgpt.inference.engines.reference import ReferenceEngine
 from glassgpt.inference.generate import complete
 from glassgpt.model import GPT, load_weights
+from glassgpt.system import Json
 from glassgpt.tokenizers.tokenizer import Tokenizer, unknown_note
 
 _SMALL = 20_000_000  # parameters: so few are quickly copied for sampling
@@ -46,7 +44,7 @@ class TextTask:
         n = len(model.head.weight)
         return math.log(n), f"guessing: ln({n:,}) = {math.log(n):.2f}"
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> Json:
         """What state.json says of the task."""
         return {"verb": self.verb}
 
@@ -67,12 +65,15 @@ class TextTask:
 
     def engine(self, model: GPT) -> Engine:
         """What writes the samples; on a CPU, torch is slow with small models."""
+        from glassgpt.inference.engines.cpu import NumpyEngine
+        from glassgpt.inference.engines.reference import ReferenceEngine
+
         on_cpu = next(model.parameters()).device.type == "cpu"
         if on_cpu and model.config.n_parameters < _SMALL:
             return NumpyEngine(model.config, self.checkpoint(model, {}).weights)
         return ReferenceEngine(model)
 
-    def checkpoint(self, model: GPT, info: dict[str, Any]) -> ckpt.Checkpoint:
+    def checkpoint(self, model: GPT, info: Json) -> ckpt.Checkpoint:
         """The model as it is saved; `info` goes into glassgpt.json."""
         weights = {
             name: tensor.detach().cpu().numpy()
@@ -82,7 +83,7 @@ class TextTask:
         return ckpt.Checkpoint(model.config, weights, self.tokenizer, info)
 
     def to_resume(
-        self, model: GPT, info: dict[str, Any]
+        self, model: GPT, info: Json
     ) -> tuple[ckpt.Checkpoint | None, dict[str, np.ndarray]]:
         """What `restore` needs: a checkpoint, and tensors that are not in it."""
         return self.checkpoint(model, info), {}
@@ -93,6 +94,6 @@ class TextTask:
         assert saved is not None
         load_weights(model, saved.weights)
 
-    def save(self, folder: Path, model: GPT, info: dict[str, Any]) -> None:
+    def save(self, folder: Path, model: GPT, info: Json) -> None:
         """Make `folder` a run directory with this model."""
         ckpt.save_model(folder, self.checkpoint(model, info))

@@ -14,10 +14,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from glassgpt.config import ENDLESS, ModelConfig
 from glassgpt.errors import UserError
+from glassgpt.options import Options
 
 # (n_layer, n_embd, context_length), each somewhat more work per token than the one before.
 LADDER = (
@@ -77,7 +77,7 @@ class Choice:
     """A shape, how to train it, and what to expect."""
 
     model: ModelConfig
-    train: dict[str, Any]  # options of training, and dropout
+    train: Options  # options of training, and dropout
     token_seconds: float
     tokens: float
     loss: float  # expected, nats per token
@@ -96,13 +96,13 @@ def expected_loss(model: ModelConfig, tokens: float, text: TextStatistics) -> fl
     return CHARACTERS(n, tokens, text, text.bits_per_token / _BITS_OF_SHAKESPEARE)
 
 
-def candidates(text: TextStatistics, fixed: Mapping[str, Any]) -> list[ModelConfig]:
+def candidates(text: TextStatistics, fixed: Options) -> list[ModelConfig]:
     """The ladder's shapes with the options in `fixed` as they are, each once, as far as the text
     is long enough for them."""
     shapes: dict[ModelConfig, None] = {}
     refused: UserError | None = None
     for n_layer, n_embd, context_length in LADDER:
-        wished: dict[str, Any] = dict(n_layer=n_layer, context_length=context_length)
+        wished: Options = dict(n_layer=n_layer, context_length=context_length)
         wished |= dict(n_embd=n_embd) | dict(fixed)
         wished.setdefault("n_head", _heads(wished["n_embd"]))
         try:
@@ -127,7 +127,7 @@ def _heads(width: int) -> int:
     return next(evenly, 1)
 
 
-def training_options(model: ModelConfig, tokens: float, text: TextStatistics) -> dict[str, Any]:
+def training_options(model: ModelConfig, tokens: float, text: TextStatistics) -> Options:
     """How to train `model` on about so many tokens: batch, rates, decay, dropout.
 
     Dropout keeps a text from being learned by heart by a model that has room for it and sees it

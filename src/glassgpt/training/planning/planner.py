@@ -29,7 +29,7 @@ from glassgpt.data.batches import TokenFiles
 from glassgpt.data.dataset import Dataset
 from glassgpt.data.prepare import DataSize, estimate_size
 from glassgpt.errors import UserError
-from glassgpt.options import names_of, resolve_options, split_options
+from glassgpt.options import Options, names_of, resolve_options, split_options
 from glassgpt.reporting.run_log import Expectation
 from glassgpt.reporting.terminal import format_seconds
 from glassgpt.runtime import Card, find_card
@@ -218,7 +218,7 @@ def _time_rows(step: TrainingStep, tokens: np.ndarray, seconds: float) -> StepSe
 
 
 def plan_budget(
-    given: dict[str, Any],
+    given: Options,
     data: Dataset,
     machine: runtime.Machine,
     *,
@@ -226,7 +226,7 @@ def plan_budget(
     reporter: Reporter,
     asked: set[str] = frozenset(),  # type: ignore
     base: ModelConfig | None = None,
-) -> tuple[dict[str, Any], Expectation]:
+) -> tuple[Options, Expectation]:
     """`given` completed to make the best of its budget, and what to expect of that.
 
     Options that were given stay as they are, and so does the shape of a `base` to begin with; the
@@ -277,7 +277,7 @@ def plan_budget(
 
 
 def _completed(
-    model: ModelConfig, train: dict[str, Any], given: dict[str, Any]
+    model: ModelConfig, train: Options, given: Options
 ) -> tuple[ModelConfig, TrainConfig]:
     """A shape and options of the rule, with the options that were `given`."""
     wanted = {**train, **given}
@@ -318,7 +318,7 @@ def describe_budget(model: ModelConfig, expected: Expectation) -> str:
 
 
 def budget_table(
-    model: ModelConfig, given: dict[str, Any], expected: Expectation, machine: runtime.Machine
+    model: ModelConfig, given: Options, expected: Expectation, machine: runtime.Machine
 ) -> str:
     """The same and more, a line for each; at the end what was chosen, as options to copy."""
     own = {name: given[name] for name in names_of(TrainConfig) & set(given)}
@@ -340,7 +340,7 @@ def budget_table(
     return "\n".join(f"{name:<19}{value}" for name, value in rows)
 
 
-def _shape_of(model: ModelConfig) -> dict[str, Any]:
+def _shape_of(model: ModelConfig) -> Options:
     names = ("n_layer", "n_head", "n_embd", "context_length")
     return {name: getattr(model, name) for name in names}
 
