@@ -210,6 +210,11 @@ def _ends(folder: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
     return tuple(end for end in (found if isinstance(found, list) else [found]) if end in others)
 
 
+def run_name(run: str | Path) -> str:
+    """What a model is called in titles: the name of its folder, or its published name."""
+    return Path(run).resolve().name if Path(run).exists() else str(run)
+
+
 def find_model(path: str | Path) -> Path:
     """The folder that holds the weights: `path` itself, or its newest checkpoint."""
     path = Path(path)

@@ -19,7 +19,7 @@ import numpy as np
 import glassgpt
 from glassgpt.checkpoints.huggingface import labels_from_json
 from glassgpt.checkpoints.load import is_hub_name, load_pretrained
-from glassgpt.checkpoints.run_directory import find_model, read_json
+from glassgpt.checkpoints.run_directory import find_model, read_json, run_name
 from glassgpt.config import DataConfig
 from glassgpt.errors import UserError, explain_os_errors, first_of
 from glassgpt.interpret.figures import draw_attention, draw_embedding
@@ -29,6 +29,7 @@ from glassgpt.reporting.plots import (
     X,
     check_target,
     font_note,
+    guessing_loss,
     loss_curves,
     shortened,
 )
@@ -41,22 +42,24 @@ MAX_TOKENS = 128  # of a text whose attention is drawn: more can't be told apart
 _MAX_LABEL = 14  # characters of a token
 _MAX_NAME = 48  # characters of a run's
 # How long, how often and where to: seen in the curves, or of no matter to them.
-_NOT_COMPARED = {
-    "out",
-    "data",
-    "threads",
-    "tensorboard",
-    "wandb",
-    "max_steps",
-    "eval_interval",
-    "log_interval",
-    "checkpoint_interval",
-    "sample_tokens",
-    "sample_prompt",
-    "eval_batches",
-    "device",
-    "compile",
-}
+_NOT_COMPARED = set(
+    [
+        "out",
+        "data",
+        "threads",
+        "tensorboard",
+        "wandb",
+        "max_steps",
+        "eval_interval",
+        "log_interval",
+        "checkpoint_interval",
+        "sample_tokens",
+        "sample_prompt",
+        "eval_batches",
+        "device",
+        "compile",
+    ]
+)
 _MAX_DIFFERENCES = 3  # options in the label of a run
 
 
@@ -130,12 +133,12 @@ def plot_losses(
         f"{name} ({more})" if more else name
         for name, more in zip(names, differences(abouts), strict=True)
     ]
-    guesses = [_guessing(folder) for folder in known]
-    curves = [
-        Curve(label, rows[folder], guess and guess[:2])
-        for label, folder, guess in zip(labels, known, guesses, strict=True)
-    ]
-    if len({guess for guess in guesses if guess}) > 1:
+    guesses = {folder: guess for folder in known if (guess := _guessing(folder))}
+    curves = []
+    for label, folder in zip(labels, known, strict=True):
+        loss, _ = guesses.get(folder, (None, ""))
+        curves.append(Curve(label, rows[folder], loss))
+    if len(set(guesses.values())) > 1:
         notes.append(
             "note: these runs do not choose among the same tokens, so their losses do not "
             "compare; `glassgpt eval` gives bits per byte, which do"
@@ -143,16 +146,10 @@ def plot_losses(
     broken = sum(_is_broken(row) for folder in known for row in rows[folder])
     if broken:
         notes.append(f"note: {broken} losses left out that are no finite numbers")
-    pers = {guess[2] for guess in guesses if guess} or {"token"}
-    table = aligned(
-        [
-            ["run", "best val loss", "at step", "steps", "tokens", "time"],
-            *(_line(curve) for curve in curves),
-        ]
-    )
-    loss_curves(
-        target, curves, x=x, log_x=log_x, log_y=log_y, per=" or ".join(sorted(pers)), about=table
-    )
+    per = " or ".join(sorted({per for _, per in guesses.values()})) or "token"
+    header = ["run", "best val loss", "at step", "steps", "tokens", "time"]
+    table = aligned([header, *map(_line, curves)])
+    loss_curves(target, curves, x=x, log_x=log_x, log_y=log_y, per=per, about=table)
     return [table, *notes]
 
 
@@ -161,11 +158,9 @@ def short_names(folders: Sequence[Path]) -> list[str]:
     parts = [folder.resolve().parts for folder in folders]
     names = []
     for mine in parts:
-        n = next(
-            n
-            for n in range(1, len(mine) + 1)
-            if sum(other[-n:] == mine[-n:] for other in parts) == 1
-        )
+        n = 1
+        while sum(other[-n:] == mine[-n:] for other in parts) > 1:
+            n += 1
         names.append(shortened(str(Path(*mine[-n:])), _MAX_NAME))
     return names
 
@@ -238,20 +233,16 @@ def _about(folder: Path) -> Json:
     return read_json(path) if path.exists() else {}
 
 
-def _guessing(folder: Path) -> tuple[float, str, str] | None:
-    """The loss of guessing, its name, and what is guessed: the next token, or a text's class."""
+def _guessing(folder: Path) -> tuple[tuple[float, str], str] | None:
+    """The loss of guessing with its name, and what is guessed: a token, or the class of a text."""
     try:
         config = read_json(find_model(folder) / "config.json")
     except UserError:  # metrics without a model, from another machine perhaps
         return None
     labels, vocab_size = labels_from_json(config), config.get("vocab_size")
     if labels:
-        return _guess(len(labels), f"{len(labels)} classes", "text")
-    return _guess(vocab_size, f"{vocab_size:,}", "token") if vocab_size else None
-
-
-def _guess(n: int, name: str, per: str) -> tuple[float, str, str]:
-    return math.log(n), f"guessing: ln({name}) = {math.log(n):.2f}", per
+        return guessing_loss(len(labels), " classes"), "text"
+    return (guessing_loss(vocab_size), "token") if vocab_size else None
 
 
 def _line(curve: Curve) -> list[str]:
@@ -286,15 +277,8 @@ def plot_embedding(run: str, target: Path) -> list[str]:
     # Labels are given in this order while there is room: whole characters before odd bytes.
     order = sorted(range(V), key=lambda token: (kinds[token] == _ODD, token))
     labels = [label_of(tokenizer, token) for token in order]
-    draw_embedding(
-        target,
-        table[order],
-        labels,
-        [kinds[token] for token in order],
-        KINDS,
-        positions=positions,
-        title=_title(run),
-    )
+    of_labels, title = [kinds[token] for token in order], _title(run)
+    draw_embedding(target, table[order], labels, of_labels, KINDS, positions=positions, title=title)
     what = f"{V:,} tokens" + ("" if positions is None else f", {len(positions):,} positions")
     note = font_note(labels, target)
     return [what, note] if note else [what]
@@ -334,14 +318,8 @@ def plot_attention(
     labels = [label_of(tokenizer, token) for token in tokens]
     if note := font_note(labels, target):
         notes.append(note)
-    draw_attention(
-        target,
-        patterns,
-        labels,
-        layers=layers,
-        heads=heads,
-        title=", ".join([_title(run), *chosen]),
-    )
+    title = ", ".join([_title(run), *chosen])
+    draw_attention(target, patterns, labels, layers=layers, heads=heads, title=title)
     return [f"{len(layers)} layers x {len(heads)} heads, {len(tokens)} tokens", *notes]
 
 
@@ -355,7 +333,7 @@ def _finite(array: np.ndarray, run: str) -> np.ndarray:
 
 
 def _title(run: str) -> str:
-    return shortened(Path(run).resolve().name if Path(run).exists() else run, 60)
+    return shortened(run_name(run), 60)
 
 
 # -- tokens as labels ----------------------------------------------------------------------------

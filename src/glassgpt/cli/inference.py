@@ -298,9 +298,9 @@ def export_verb(
     """
     from glassgpt.checkpoints.formats import SUFFIXES, export_model
     from glassgpt.checkpoints.load import load_pretrained
-    from glassgpt.checkpoints.run_directory import require_language_model
+    from glassgpt.checkpoints.run_directory import require_language_model, run_name
 
-    name = Path(run).resolve().name if Path(run).exists() else run.replace(":", "-")
+    name = run_name(run).replace(":", "-")
     target = Path(out) if out else Path(name.rpartition("/")[2].removesuffix(".pt") + SUFFIXES[to])
     checkpoint = require_language_model(load_pretrained(run), run)
     done = export_model(checkpoint, to, target, precision=precision, overwrite=overwrite)

@@ -9,7 +9,6 @@ as it is. It does not know how a step is taken.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections import ChainMap
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -28,7 +27,7 @@ from glassgpt.finetuning.lora import LoRA, adapter_tensors, merged_weights
 from glassgpt.inference.classify import class_logits, metrics, metrics_table
 from glassgpt.inference.generate import complete
 from glassgpt.model import GPT
-from glassgpt.reporting.plots import confusion
+from glassgpt.reporting.plots import confusion, guessing_loss
 from glassgpt.system import Json
 from glassgpt.tokenizers.chat_template import Chat
 from glassgpt.tokenizers.tokenizer import Tokenizer, to_files
@@ -185,8 +184,7 @@ class LabelTask(FinetuneTask):
         self._judged: tuple[np.ndarray, np.ndarray] | None = None  # true and predicted classes
 
     def guessing(self, model: GPT) -> tuple[float, str]:
-        n = len(self.labels)
-        return math.log(n), f"guessing: ln({n} classes) = {math.log(n):.2f}"
+        return guessing_loss(len(self.labels), " classes")
 
     def note(self) -> str | None:
         return None

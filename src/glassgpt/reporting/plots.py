@@ -202,6 +202,11 @@ class Curve:
         return [pair for pair in pairs if all(map(_is_number, pair))]
 
 
+def guessing_loss(n: int, what: str = "") -> tuple[float, str]:
+    """The loss of choosing among `n` with equal chance, and its name: "guessing: ln(65) = 4.17"."""
+    return math.log(n), f"guessing: ln({n:,}{what}) = {math.log(n):.2f}"
+
+
 def loss_curve(run: Path, *, guessing: tuple[float, str], per: str = "token") -> None:
     """Draw loss.png of a run: training and validation loss against steps, and a line at the loss of
     guessing with equal chance."""

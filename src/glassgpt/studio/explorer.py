@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from glassgpt.api import LoadedModel
-from glassgpt.checkpoints.run_directory import require_language_model, snapshots
+from glassgpt.checkpoints.run_directory import require_language_model, run_name, snapshots
 from glassgpt.config import ModelConfig
 from glassgpt.errors import UserError, nearest
 from glassgpt.inference.generate import first_tokens
@@ -175,7 +175,7 @@ class Explorer:
         operations = record_shapes(config, 2).operations  # two tokens, so that there is a loss
         run = Path(self.runs["a"])
         return ModelAnswer(
-            name=_name(self.runs["a"]),
+            name=run_name(self.runs["a"]),
             models=[self._named(key) for key in self.runs],
             family=config.family,
             config=config,
@@ -195,7 +195,7 @@ class Explorer:
     def _named(self, key: str) -> NamedModel:
         run = self.runs[key]
         n_parameters = self.loaded(Which(key)).config.n_parameters
-        return NamedModel(key, _name(run), shlex.quote(str(Path(run))), n_parameters)
+        return NamedModel(key, run_name(run), shlex.quote(str(Path(run))), n_parameters)
 
     def training(self) -> TrainingAnswer:
         self.check_files()
@@ -329,10 +329,6 @@ def _activations(part: str, config: ModelConfig) -> list[str]:
     if part.rpartition(".")[2] in PATCHABLE:
         return [part]
     return find_part(part, config).activations
-
-
-def _name(run: str) -> str:
-    return Path(run).resolve().name if Path(run).exists() else run
 
 
 def _shown(op: Operation) -> ShownOperation:

@@ -8,7 +8,6 @@ finetuning are in finetuning/tasks.py.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from glassgpt.config import Sampling, TrainConfig
 from glassgpt.inference.engines import Engine
 from glassgpt.inference.generate import complete
 from glassgpt.model import GPT, load_weights
+from glassgpt.reporting.plots import guessing_loss
 from glassgpt.system import Json
 from glassgpt.tokenizers.tokenizer import Tokenizer, unknown_note
 
@@ -41,8 +41,7 @@ class TextTask:
 
     def guessing(self, model: GPT) -> tuple[float, str]:
         """The loss of guessing with equal chances, and its label in the loss curve."""
-        n = len(model.head.weight)
-        return math.log(n), f"guessing: ln({n:,}) = {math.log(n):.2f}"
+        return guessing_loss(len(model.head.weight))
 
     def state(self) -> Json:
         """What state.json says of the task."""
