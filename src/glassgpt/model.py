@@ -3,6 +3,8 @@
     model = GPT(ModelConfig.from_shape("modern", vocab_size=65)); logits = model(tokens)
 
 It knows no optimizer, no tokenizer, no file and no loss: tokens in, logits out.
+interpret/operations.py reads this file: a trace names activations by function and operation, see
+interpret/activations.py.
 
 Shapes:  B batch     T new tokens      S cached + new tokens    C n_embd     V vocab_size
          H heads     K key/value heads D head_dim               F n_hidden   L layers

@@ -42,24 +42,22 @@ MAX_TOKENS = 128  # of a text whose attention is drawn: more can't be told apart
 _MAX_LABEL = 14  # characters of a token
 _MAX_NAME = 48  # characters of a run's
 # How long, how often and where to: seen in the curves, or of no matter to them.
-_NOT_COMPARED = set(
-    [
-        "out",
-        "data",
-        "threads",
-        "tensorboard",
-        "wandb",
-        "max_steps",
-        "eval_interval",
-        "log_interval",
-        "checkpoint_interval",
-        "sample_tokens",
-        "sample_prompt",
-        "eval_batches",
-        "device",
-        "compile",
-    ]
-)
+_NOT_COMPARED = {
+    "out",
+    "data",
+    "threads",
+    "tensorboard",
+    "wandb",
+    "max_steps",
+    "eval_interval",
+    "log_interval",
+    "checkpoint_interval",
+    "sample_tokens",
+    "sample_prompt",
+    "eval_batches",
+    "device",
+    "compile",
+}
 _MAX_DIFFERENCES = 3  # options in the label of a run
 
 
