@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import math
 import os
 import re
@@ -90,6 +91,23 @@ def write_file(path: Path, content: bytes) -> None:
     """Write `content` so that `path` holds either all of it or what it held before."""
     with replacing(path) as file:
         file.write(content)
+
+
+def write_json(path: Path, value: object) -> None:
+    write_file(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def read_json(path: Path) -> Json:
+    """Raises `UserError` when the file is missing, unreadable or no JSON."""
+    with explain_os_errors(f"read {path}"):
+        raw = path.read_bytes()
+    try:
+        value = json.loads(raw)
+        if not isinstance(value, dict):
+            raise ValueError("it holds no object")
+        return value
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged: {error}; restore it or train again") from error
 
 
 def cache_dir() -> Path:

@@ -20,12 +20,12 @@ from glassgpt.checkpoints.run_directory import (
     is_adapter,
     save_adapter,
     save_model,
-    write_json,
 )
 from glassgpt.checkpoints.tensors import SafeTensors, write_tensors
 from glassgpt.config import ModelConfig
 from glassgpt.errors import UserError
 from glassgpt.finetuning.lora import LoRA, adapter_tensors, add_lora, merged_weights
+from glassgpt.system import write_json
 from glassgpt.tokenizers.tokenizer import CharTokenizer
 
 SHAPES = {

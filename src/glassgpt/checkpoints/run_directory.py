@@ -21,7 +21,6 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -37,7 +36,15 @@ from glassgpt.checkpoints.tensors import SafeTensors, write_tensors
 from glassgpt.config import ModelConfig
 from glassgpt.errors import UserError, explain_os_errors
 from glassgpt.reporting.terminal import program
-from glassgpt.system import Json, check_outside, exclusive, own_folder, write_file
+from glassgpt.system import (
+    Json,
+    check_outside,
+    exclusive,
+    own_folder,
+    read_json,
+    write_file,
+    write_json,
+)
 from glassgpt.tokenizers.tokenizer import (
     Tokenizer,
     begin_of_text,
@@ -90,26 +97,9 @@ def model_fingerprint(checkpoint: Checkpoint) -> str:
 # -- files ---------------------------------------------------------------------------------------
 
 
-def write_json(path: Path, value: object) -> None:
-    write_file(path, (json.dumps(value, indent=2) + "\n").encode())
-
-
 def finite_or_none(value: float) -> float | None:
     """JSON has no infinity."""
     return value if math.isfinite(value) else None
-
-
-def read_json(path: Path) -> Any:
-    """Raises `UserError` when the file is missing, unreadable or no JSON."""
-    with explain_os_errors(f"read {path}"):
-        raw = path.read_bytes()
-    try:
-        value = json.loads(raw)
-        if not isinstance(value, dict):
-            raise ValueError("it holds no object")
-        return value
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged: {error}; restore it or train again") from error
 
 
 def save_model(folder: str | Path, checkpoint: Checkpoint) -> None:

@@ -19,7 +19,7 @@ import numpy as np
 import glassgpt
 from glassgpt.checkpoints.huggingface import labels_from_json
 from glassgpt.checkpoints.load import is_hub_name, load_pretrained
-from glassgpt.checkpoints.run_directory import find_model, read_json, run_name
+from glassgpt.checkpoints.run_directory import find_model, run_name
 from glassgpt.config import DataConfig
 from glassgpt.errors import UserError, explain_os_errors, first_of
 from glassgpt.interpret.figures import draw_attention, draw_embedding
@@ -35,7 +35,7 @@ from glassgpt.reporting.plots import (
 )
 from glassgpt.reporting.run_log import read_metrics
 from glassgpt.reporting.terminal import aligned, format_seconds
-from glassgpt.system import Json
+from glassgpt.system import Json, read_json
 from glassgpt.tokenizers.tokenizer import Tokenizer, unknown_note
 
 MAX_TOKENS = 128  # of a text whose attention is drawn: more can't be told apart
