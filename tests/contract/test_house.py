@@ -1,4 +1,4 @@
-"""The measures of the house: few rooms, small files, one name for one thing, a short route."""
+"""The measures of the house: few rooms, small files, one name for one thing, little to import."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ SOURCE = ROOT / "src"
 PACKAGE = SOURCE / "glassgpt"
 
 MOST_ROOMS, MOST_FILES_AT_THE_TOP, MOST_LEVELS = 12, 11, 10
-MOST_LINES_OF_A_FILE, MOST_LINES_OF_A_FUNCTION = 500, 60
+MOST_LINES, MOST_LINES_OF_A_FILE, MOST_LINES_OF_A_FUNCTION = 20_500, 500, 60
 MOST_LINES_OF_THE_ROUTE = 1500
+MOST_ANY, MOST_SKIPS = 150, 60
+MOST_MODULES_FOR_TRAINING = 40
 # One function in several forms: torch, NumPy, compiled, by hand.
 SHARED_NAMES = {"attention", "rotate", "forward", "linear", "Cache"}
 ENTRY_POINT = "main"  # of a command
@@ -67,6 +69,11 @@ def test_few_import_levels() -> None:
 # -- sizes ---------------------------------------------------------------------------------------
 
 
+def test_lines_of_the_whole() -> None:
+    lines = sum(map(lines_of, FILES))
+    assert lines <= MOST_LINES
+
+
 @pytest.mark.parametrize("file", FILES, ids=module_of)
 def test_lines_of_a_file_and_of_its_functions(file: Path) -> None:
     lines = lines_of(file)
@@ -93,6 +100,13 @@ def test_every_module_says_what_it_is_for() -> None:
     assert [name for name, file in MODULES.items() if not ast.get_docstring(tree_of(file))] == []
 
 
+def test_few_unchecked_types_and_few_layouts_by_hand() -> None:
+    unchecked = sum(len(re.findall(r"\bAny\b", file.read_text())) for file in FILES)
+    assert unchecked <= MOST_ANY
+    skips = sum(file.read_text().count("# fmt: skip") for file in FILES)
+    assert skips <= MOST_SKIPS
+
+
 # -- one name, one thing -------------------------------------------------------------------------
 
 
@@ -107,3 +121,41 @@ def test_no_public_name_means_two_things() -> None:
     # glassgpt.train, finetune and prepare only call the room's function of the same name.
     doors = {name for name, found in homes.items() if "glassgpt" in found and len(found) == 2}
     assert {name: homes[name] for name in homes.keys() - doors - SHARED_NAMES - {ENTRY_POINT}} == {}
+
+
+# -- what training imports -----------------------------------------------------------------------
+
+
+def imported_at_the_top(module: str) -> set[str]:
+    """Modules of ours that importing this one imports at once: not inside a function, and not for
+    a type checker alone."""
+    found: set[str] = set()
+    waiting: list[ast.AST] = [tree_of(MODULES[module])]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            continue
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            waiting += node.orelse
+            continue
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        waiting += ast.iter_child_nodes(node)
+    return found & MODULES.keys()
+
+
+def test_training_imports_few_modules() -> None:
+    seen: set[str] = set()
+    waiting = ["glassgpt.training.run"]
+    while waiting:
+        module = waiting.pop()
+        if module in seen:
+            continue
+        seen.add(module)
+        parents = module.split(".")[:-1]
+        waiting += imported_at_the_top(module)
+        waiting += [".".join(parents[: i + 1]) for i in range(len(parents))]
+    modules = sorted(name for name in seen if MODULES[name].name != "__init__.py")
+    assert len(modules) <= MOST_MODULES_FOR_TRAINING, modules
