@@ -1,4 +1,4 @@
-"""engine/cpu.py gives the logits of model.py, whatever its rows have been through."""
+"""inference/engines/cpu.py gives the logits of model.py, whatever its rows have been through."""
 
 from __future__ import annotations
 

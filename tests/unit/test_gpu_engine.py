@@ -1,4 +1,4 @@
-"""engine/gpu.py gives the logits of the reference engine, whatever its rows have been through.
+"""inference/engines/gpu.py gives the logits of the reference engine, whatever its rows have been through.
 
 On the CPU, and on a GPU where there is one.
 """

@@ -5,7 +5,7 @@
 The formulas follow the code tensor by tensor: the step's plan (training/step.py) says how a step is
 taken, model.py and fused/step.py what it keeps, optimizers.py and run_directory.py what they copy.
 benchmarks/memory.py compares them with measured peaks. This module does arithmetic on configs; it
-knows no tensor and no file.
+makes no tensor and reads no file.
 """
 
 from __future__ import annotations
