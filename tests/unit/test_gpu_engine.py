@@ -1,4 +1,4 @@
-"""inference/engines/gpu.py gives the logits of the reference engine, whatever its rows have been through.
+"""inference/engines/gpu.py gives the logits of the reference engine, whatever its rows were.
 
 On the CPU, and on a GPU where there is one.
 """
