@@ -253,7 +253,7 @@ def test_what_a_resumed_run_may_not_change(text, tmp_path):
             train(resume=run, max_steps=20, **option)
     other = tmp_path / "other.txt"
     other.write_text("not the same text at all " * 80)
-    with pytest.raises(UserError, match="other.txt has changed since"):
+    with pytest.raises(UserError, match="other.txt, or how it is read, has changed since"):
         train(other, resume=run, max_steps=20)
     copy = shutil.copy(text, tmp_path / "copy.txt")
     assert train([copy], resume=run, max_steps=14).step == 14  # the same text in another place
