@@ -1,8 +1,8 @@
 """Every checkpoint format keeps the same promises: written, read back, the same logits; refused in
 one line where it can't be.
 
-A format that is added to `glassgpt.config.Format` is tested here without another line, once the
-tolerance of its numbers is known. The run directory itself is tested in test_run_directory.py.
+A format that is added to `glassgpt.config.Format` is tested here once its suffix and
+the tolerance of its numbers stand in the tables below. The run directory itself is tested in test_run_directory.py.
 """
 
 from __future__ import annotations

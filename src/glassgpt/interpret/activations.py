@@ -6,8 +6,8 @@
     >>> ACTIVATIONS["pattern"].function, ACTIVATIONS["pattern"].line
     ('attention_by_hand', 'scores.softmax(')
 
-This is the only table of activations: trace.py names what it sees by it; lens.py, explain.py and
-the studio take names and shapes from it. Who moves one of these lines of model.py to another
+This is the only table of activations: operations.py names what it sees by it; lens.py, explain.py
+and the studio take names and shapes from it. Who moves one of these lines of model.py to another
 function, or adds an activation, changes the table. It knows no torch and no numbers.
 """
 
