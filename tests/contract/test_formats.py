@@ -2,7 +2,8 @@
 one line where it can't be.
 
 A format that is added to `glassgpt.config.Format` is tested here once its suffix and
-the tolerance of its numbers stand in the tables below. The run directory itself is tested in test_run_directory.py.
+the tolerance of its numbers stand in the tables below. The run directory itself is
+tested in test_run_directory.py.
 """
 
 from __future__ import annotations

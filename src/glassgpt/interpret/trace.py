@@ -93,7 +93,7 @@ def record(
     """One forward pass over `tokens` (B, T), watched. Without gradients, in evaluation mode.
 
     `edits`: name of an activation -> function of its value, whose result takes its place in all
-    that follows. `keep`: names, without their block, of what to hold in memory ("pattern", "final");
+    that follows. `keep`: names (without the block) to hold in memory ("pattern", "final");
     None: everything. `loss` adds the loss of every token but the first. `positions`: of the logits.
     With `bands`, what lies between q and head_out has no names, and operations are not noted.
     Raises `UserError` for names that the model does not have, and for more tokens than the
