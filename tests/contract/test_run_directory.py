@@ -1,4 +1,4 @@
-"""The layout that DESIGN.md promises for a run directory, after a training of three steps."""
+"""The layout that a run directory promises, after a training of three steps."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@
 
 A file of 6 GB is opened in a moment, and whoever copies its tensors into a model one by one needs
 memory for the model and one tensor, not for two models. This room knows files and NumPy; what
-the tensors mean is the business of `convert/`.
+the tensors mean is the business of the modules of the formats.
 """
 
 from __future__ import annotations

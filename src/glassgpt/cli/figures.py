@@ -3,7 +3,7 @@
     print(plot_losses(["runs/a", "runs/b"], Path("loss.svg"), x="tokens"))
 
 Finds what the pictures need (metrics, options, weights, attention patterns); how they look stands
-in plot.py and plot_inside.py.
+in reporting/plots.py and interpret/figures.py.
 """
 
 from __future__ import annotations
